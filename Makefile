@@ -1,0 +1,46 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+JOBS ?= 2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m bench.synthetic_checkpoint --out $(DEMO)/official --overwrite
+	$(BIN)/python -m convert --transformer $(DEMO)/official/transformer.pth --vae $(DEMO)/official/vae.pth \
+	  --text_encoder $(DEMO)/official/text_encoder --out $(DEMO)/checkpoint --overwrite
+	$(BIN)/python -m toprovar_jax.generate --checkpoint $(DEMO)/checkpoint --prompt "a small synthetic demo" \
+	  --output_dir $(DEMO)/images
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n $(JOBS) tests
+
+# Everything but tests/with_torch: what an interpreter without PyTorch can check.
+test-without-torch: $(VENV)/.without-torch
+	$(BIN)/python -m pytest -n $(JOBS) tests --ignore=tests/with_torch
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[convert]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/.without-torch: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . beartype hypothesis psutil pytest pytest-xdist
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks and the commands that make their numbers."""

@@ -1,0 +1,1 @@
+"""Conversion of published PyTorch checkpoints; the only package that imports torch."""

@@ -1,0 +1,1 @@
+"""Kernels that stand alone: they depend on jax and know nothing of Infinity."""

@@ -1,0 +1,1 @@
+"""Infinity text-to-image generation in JAX, made fast by entropy-guided pruning."""

@@ -1,0 +1,1 @@
+"""The models: transformer, bitwise tokenizer, text encoder."""
