@@ -2,7 +2,7 @@
 
 Everything a module needs to build itself is here, and nothing else decides shapes: a configuration is
 hashable, travels in a checkpoint's manifest as JSON and serves as a static argument of compiled functions.
-Source: spec/infinity.md, sections 1 and 6 (the published Infinity code).
+Source: docs/spec/infinity.md, sections 1 and 6 (the published Infinity code).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InfinityConfig:
-    """Shapes and switches of the Infinity transformer (spec/infinity.md, section 1.2).
+    """Shapes and switches of the Infinity transformer (docs/spec/infinity.md, section 1.2).
 
     Attributes:
       depth: number of transformer blocks.
@@ -88,7 +88,7 @@ class InfinityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Shapes of the BSQ-VAE (spec/infinity.md, section 6).
+    """Shapes of the BSQ-VAE (docs/spec/infinity.md, section 6).
 
     Attributes:
       code_dim: channels (bits) of one code.
@@ -198,9 +198,7 @@ class CheckpointConfig:
             raise ConfigError(f"the checkpoint's configuration does not fit this version: {error}") from error
 
 
-def _architecture(
-    depth: int, embed_dim: int, num_heads: int, num_chunks: int, code_dim: int
-) -> InfinityConfig:
+def _architecture(depth: int, embed_dim: int, num_heads: int, num_chunks: int, code_dim: int) -> InfinityConfig:
     # Python's round() is half-to-even, as in the published code; it matters for layer32 and layer48.
     mlp_dim = 256 * round(4 * embed_dim / 256)
     return InfinityConfig(

@@ -1,6 +1,6 @@
 """Aspect ratio and pixel budget -> the token grid of every scale.
 
-Source: spec/infinity.md, section 2. Ratios are height / width. Eight tall ratios are tabulated; the wide ones
+Source: docs/spec/infinity.md, section 2. Ratios are height / width. Eight tall ratios are tabulated; the wide ones
 are the same grids with height and width swapped.
 """
 
