@@ -2,13 +2,13 @@
 
 A model is built for one `dtype`, float32 or bfloat16, and never mixes policies:
 
-* Stored parameters. The skeleton that `flax.nnx.eval_shape` gives is the authority; conversion and loading cast to
-  it. Float32 models store float32 throughout. In bfloat16, Infinity stores the parameters of its blocks in bfloat16
-  and everything outside the blocks in float32; the VAE and T5 store the parameters of convolutions, linear layers
-  and embeddings in bfloat16 and those of norms in float32.
-* Matrix products and convolutions take operands of `dtype`. For float32 they ask for the highest precision, because
-  an accelerator would otherwise round the operands to TF32 or bfloat16 and bits would flip; for bfloat16 the
-  default is already exact in its products.
+* Stored parameters. The skeleton that `flax.nnx.eval_shape` gives is the authority; conversion and loading cast
+  to it. Float32 models store float32 throughout. In bfloat16, Infinity stores the parameters of its blocks in
+  bfloat16 and everything outside the blocks in float32; the VAE and T5 store the parameters of convolutions,
+  linear layers and embeddings in bfloat16 and those of norms in float32.
+* Matrix products and convolutions take operands of `dtype`. For float32 they ask for the highest precision: an
+  accelerator would otherwise round the operands to TF32 or bfloat16, and bits would flip. For bfloat16 the default
+  is already exact in its products.
 * Statistics (means, variances, norms, softmax) are float32 for every `dtype`, as are logits, codes, the code map,
   resizes and images.
 
