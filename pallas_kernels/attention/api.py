@@ -1,0 +1,126 @@
+"""The one entry point of attention with entropy: checks the call and picks an implementation."""
+
+import functools
+import math
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import reference
+
+Implementation = Literal["reference"]
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+class AttentionResult(NamedTuple):
+    """What one call of `flash_attention_entropy` returns; a pytree.
+
+    Attributes:
+      output: [batch, q_tokens, heads, head_dim], in the query's dtype.
+      entropy: [batch, heads, q_tokens], float32, in nats, 0 to ln kv_length; None where it was not asked for.
+      logsumexp: [batch, heads, q_tokens], float32, of the scaled logits.
+    """
+
+    output: jax.Array
+    entropy: jax.Array | None
+    logsumexp: jax.Array
+
+
+def flash_attention_entropy(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    kv_length: int | None = None,
+    return_entropy: bool = True,
+    implementation: Implementation | None = None,
+) -> AttentionResult:
+    """Softmax attention without a mask, and the Shannon entropy of every query's weights, in one pass.
+
+    The entropy of a query is -sum_j a_j ln a_j over its weights a = softmax(scale q k^T); the matrix of weights is
+    never formed (pallas_kernels/README.md derives the recurrences). Forward only: differentiating raises.
+
+    Args:
+      query: [batch, q_tokens, heads, head_dim], float32, bfloat16 or float16.
+      key: [batch, capacity, kv_heads, head_dim], the query's dtype; kv_heads divides heads, and query head h
+        attends to key head h // (heads // kv_heads).
+      value: [batch, capacity, kv_heads, head_dim], the query's dtype.
+      scale: factor of the logits; 1/sqrt(head_dim) by default.
+      kv_length: valid prefix of `key` and `value`, which may be a cache with room to spare; a Python int, the
+        whole capacity by default.
+      return_entropy: without it `entropy` is None and its work is not done.
+      implementation: None takes the best that supports the call. "reference": plain jax.numpy, anywhere.
+
+    Raises:
+      TypeError: a dtype that is not supported or differs between the inputs; kv_length is no Python int; the
+        call is differentiated.
+      ValueError: shapes that do not fit each other, kv_length out of range, an unknown implementation.
+    """
+    kv_length = _checked_kv_length(query, key, value, kv_length)
+    if implementation not in (None, *get_args(Implementation)):
+        names = ", ".join(repr(name) for name in get_args(Implementation))
+        raise ValueError(f"unknown implementation {implementation!r}: choose one of {names}, or None for the best")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    output, entropy, logsumexp = _forward_only(functools.partial(_attend, scale, kv_length))(query, key, value)
+    return AttentionResult(output, entropy if return_entropy else None, logsumexp)
+
+
+def _attend(
+    scale: float, kv_length: int, query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return reference.attention(query, key, value, scale=scale, kv_length=kv_length)
+
+
+def _checked_kv_length(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int | None) -> int:
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} must be [batch, tokens, heads, head_dim], got shape {array.shape}")
+        if array.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}: cast it first")
+        if array.dtype != query.dtype:
+            raise TypeError(f"query is {query.dtype} but {name} is {array.dtype}: cast them to one dtype")
+        if 0 in array.shape:
+            raise ValueError(f"{name} is empty: its shape is {array.shape}")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have one shape, got {key.shape} and {value.shape}")
+    batch, _, heads, head_dim = query.shape
+    key_batch, capacity, kv_heads, key_head_dim = key.shape
+    if batch != key_batch:
+        raise ValueError(f"query has batch {batch} but key has batch {key_batch}")
+    if head_dim != key_head_dim:
+        raise ValueError(f"query has head_dim {head_dim} but key has head_dim {key_head_dim}")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads: use a divisor of {heads}")
+    if kv_length is None:
+        return capacity
+    if (
+        isinstance(kv_length, bool)
+        or not hasattr(kv_length, "__index__")
+        or isinstance(kv_length, jax.core.Tracer)
+    ):
+        raise TypeError(
+            f"kv_length must be a Python int, got {type(kv_length).__name__}: it decides what is compiled, "
+            "so pass it as a static argument of jit"
+        )
+    kv_length = int(kv_length)
+    if not 1 <= kv_length <= capacity:
+        raise ValueError(f"kv_length {kv_length} must lie between 1 and the capacity {capacity} of key and value")
+    return kv_length
+
+
+def _forward_only(function):  # type: ignore[no-untyped-def]
+    """The function, with one clear error in place of a derivative."""
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _jvp(primals, tangents):  # type: ignore[no-untyped-def]
+        del primals, tangents
+        raise TypeError(
+            "flash_attention_entropy is forward only and has no gradient: wrap its inputs in "
+            "jax.lax.stop_gradient, or train with jax.nn.dot_product_attention"
+        )
+
+    return wrapped
