@@ -8,8 +8,10 @@ Source: docs/spec/infinity.md, sections 1 and 6 (the published Infinity code).
 import dataclasses
 from typing import Any, Literal, Self
 
+from toprovar_jax.errors import InputError
 
-class ConfigError(ValueError):
+
+class ConfigError(InputError):
     """A configuration that no model can be built from; the message names the field and the remedy."""
 
 

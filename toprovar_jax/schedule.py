@@ -6,6 +6,8 @@ are the same grids with height and width swapped.
 
 from typing import NamedTuple
 
+from toprovar_jax.errors import InputError
+
 
 class Grid(NamedTuple):
     """Rows and columns of a token grid."""
@@ -65,10 +67,10 @@ def nearest_aspect_ratio(height_over_width: float) -> float:
     """The template whose ratio is nearest by difference; the first in the published order on a tie.
 
     Raises:
-      ValueError: the ratio is not a positive number.
+      InputError: the ratio is not a positive number.
     """
     if not 0 < height_over_width < float("inf"):
-        raise ValueError(f"aspect_ratio is height / width and must be positive, got {height_over_width}")
+        raise InputError(f"aspect_ratio is height / width and must be positive, got {height_over_width}")
     return min(ASPECT_RATIOS, key=lambda template: abs(template - height_over_width))
 
 
@@ -80,10 +82,10 @@ def scale_schedule(aspect_ratio: float = 1.0, pixels: str = "1M") -> ScaleSchedu
       pixels: pixel budget, a key of `PIXEL_BUDGETS`.
 
     Raises:
-      ValueError: the pixel budget is unknown or the ratio is not a positive number.
+      InputError: the pixel budget is unknown or the ratio is not a positive number.
     """
     if pixels not in PIXEL_BUDGETS:
-        raise ValueError(f"unknown pixel budget {pixels!r}: choose one of {', '.join(PIXEL_BUDGETS)}")
+        raise InputError(f"unknown pixel budget {pixels!r}: choose one of {', '.join(PIXEL_BUDGETS)}")
     return _GRIDS[nearest_aspect_ratio(aspect_ratio)][: PIXEL_BUDGETS[pixels]]
 
 

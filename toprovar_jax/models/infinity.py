@@ -1,0 +1,439 @@
+"""The Infinity transformer, read from top to bottom in data-flow order.
+
+Text features become a context that all scales share (`Infinity.encode_text`); the tokens of one scale run through
+the blocks, attending to themselves and to the cached keys and values of earlier scales (`Infinity.forward`); the
+head turns them into two logits per bit (`Infinity.logits`). The loop over scales is in `scale_loop.py`.
+
+Source: docs/spec/infinity.md, sections 3 and 4. Precision: `precision.py`. Shape names: rows = images, doubled under
+guidance (conditional rows first); tokens = tokens of the scales at hand; bits = bits that one token predicts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from pallas_kernels import flash_attention_entropy
+from toprovar_jax.config import InfinityConfig
+from toprovar_jax.models import rope
+from toprovar_jax.precision import matmul_precision
+from toprovar_jax.schedule import Grid, ScaleSchedule
+
+NORM_EPSILON = 1e-6
+MAX_LOG_SCALE = 4.605170185988092  # ln 100: upper bound of the learned attention scale
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer."""
+
+    key: Float[Array, "rows length heads head_dim"]
+    value: Float[Array, "rows length heads head_dim"]
+
+
+Cache = tuple[KeyValue, ...]  # one entry per layer
+Rotation = tuple[Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]]
+
+# Queries, keys and values of the new tokens -> attention output and the layer's new cache entry.
+Attend = Callable[[Array, Array, Array], tuple[Array, KeyValue]]
+
+
+class TextContext(NamedTuple):
+    """What every scale needs of the text; computed once per image.
+
+    Attributes:
+      pooled: one vector per row.
+      modulation: per layer, the six vectors (gate, gate, scale, scale, shift, shift) of attention and MLP.
+      head_modulation: scale and shift of the head.
+      key_values: per layer, keys and values of the text for cross attention.
+      mask: which text positions are real.
+    """
+
+    pooled: Float[Array, "rows embed_dim"]
+    modulation: tuple[Float[Array, "rows 6 embed_dim"], ...]
+    head_modulation: Float[Array, "rows 2 embed_dim"]
+    key_values: tuple[KeyValue, ...]
+    mask: Bool[Array, "rows text_tokens"]
+
+
+def layer_norm(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+    """LayerNorm without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
+
+
+def modulate(
+    x: Float[Array, "rows tokens channels"],
+    scale: Float[Array, "rows channels"],
+    shift: Float[Array, "rows channels"],
+) -> Float[Array, "rows tokens channels"]:
+    """LayerNorm whose scale and shift come from the text."""
+    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def split_heads(
+    x: Float[Array, "rows tokens channels"], num_heads: int
+) -> Float[Array, "rows tokens heads head_dim"]:
+    """Views channels as heads, head-major."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def text_attention(
+    query: Float[Array, "rows tokens heads head_dim"],
+    key_value: KeyValue,
+    mask: Bool[Array, "rows text_tokens"],
+) -> Float[Array, "rows tokens channels"]:
+    """Attention to the text with the usual 1/sqrt(head_dim); padding of shorter prompts is masked out."""
+    precision = matmul_precision(query.dtype)
+    logits = jnp.einsum(
+        "rqhd,rkhd->rhqk", query, key_value.key, precision=precision, preferred_element_type=jnp.float32
+    )
+    logits = jnp.where(mask[:, None, None, :], logits * query.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    output = jnp.einsum("rhqk,rkhd->rqhd", weights, key_value.value, precision=precision)
+    return output.reshape(*output.shape[:2], -1)
+
+
+def _linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None = None,
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=dtype if param_dtype is None else param_dtype,
+        precision=matmul_precision(dtype),
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a weight, in float32."""
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPSILON) * self.scale[...]
+
+
+class AffineLayerNorm(nnx.Module):
+    """LayerNorm with learned scale and shift, computed in float32."""
+
+    def __init__(self, features: int, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(features, dtype))
+        self.bias = nnx.Param(jnp.zeros(features, dtype))
+
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        return layer_norm(x) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class TextPool(nnx.Module):
+    """Attentive pooling: one learned query looks at the text (section 3.4)."""
+
+    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, heads = config.embed_dim, config.num_pool_heads
+        self.query = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (heads, width // heads), jnp.float32))
+        self.key_value = _linear(
+            config.text_channels, 2 * width, use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+        )
+        self.value_bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.output = _linear(width, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+    def __call__(
+        self, features: Float[Array, "rows text_tokens channels"], mask: Bool[Array, "rows text_tokens"]
+    ) -> Float[Array, "rows embed_dim"]:
+        heads = self.query.shape[0]
+        key, value = jnp.split(self.key_value(features), 2, axis=-1)
+        value = value + self.value_bias[...].astype(value.dtype)
+        query = jnp.broadcast_to(self.query[...].astype(key.dtype), (features.shape[0], 1, *self.query.shape))
+        pooled = text_attention(query, KeyValue(split_heads(key, heads), split_heads(value, heads)), mask)
+        return self.output(pooled)[:, 0].astype(jnp.float32)
+
+
+class MLP(nnx.Module):
+    """Linear, tanh-approximated GELU, linear."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.up = _linear(in_features, hidden_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.down = _linear(hidden_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "rows tokens channels"]) -> Float[Array, "rows tokens out_channels"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class SelfAttention(nnx.Module):
+    """Attention over this scale and all earlier ones, with normalised queries and keys (section 4.3)."""
+
+    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, heads = config.embed_dim, config.num_heads
+        self.query_key_value = _linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.query_bias = nnx.Param(jnp.zeros(width, dtype))
+        self.value_bias = nnx.Param(jnp.zeros(width, dtype))
+        self.log_scale = nnx.Param(jnp.full(heads, jnp.log(4.0), dtype))
+        self.output = _linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "rows tokens channels"], rotation: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "rows tokens channels"], KeyValue]:
+        heads, dtype = self.log_scale.shape[0], self.query_bias.dtype
+        query, key, value = jnp.split(self.query_key_value(x), 3, axis=-1)
+        query = split_heads(query + self.query_bias[...], heads)
+        key = split_heads(key, heads)
+        value = split_heads(value + self.value_bias[...], heads)
+        # The scale is learned per head, so attention itself runs with scale 1.
+        scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE).astype(jnp.float32))
+        query = rope.rotate(_normalize(query) * scale[:, None], *rotation).astype(dtype)
+        key = rope.rotate(_normalize(key), *rotation).astype(dtype)
+        output, cache = attend(query, key, value)
+        return self.output(output.reshape(x.shape)), cache
+
+
+def _normalize(x: Float[Array, "rows tokens heads head_dim"]) -> Float[Array, "rows tokens heads head_dim"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)), 1e-12)
+
+
+class CrossAttention(nnx.Module):
+    """Attention to the projected text; its keys and values do not change between scales (section 4.6)."""
+
+    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        width = config.embed_dim
+        self.query = _linear(width, width, dtype=dtype, rngs=rngs)
+        self.key_value = _linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.value_bias = nnx.Param(jnp.zeros(width, dtype))
+        self.output = _linear(width, width, dtype=dtype, rngs=rngs)
+
+    def text_key_value(self, text: Float[Array, "rows text_tokens channels"]) -> KeyValue:
+        """Keys and values of the text."""
+        key, value = jnp.split(self.key_value(text), 2, axis=-1)
+        value = value + self.value_bias[...]
+        return KeyValue(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+
+    def __call__(
+        self, x: Float[Array, "rows tokens channels"], text: KeyValue, mask: Bool[Array, "rows text_tokens"]
+    ) -> Float[Array, "rows tokens channels"]:
+        return self.output(text_attention(split_heads(self.query(x), self.num_heads), text, mask))
+
+
+class Block(nnx.Module):
+    """Self attention, cross attention, MLP; the residual stream is float32 (section 4.2)."""
+
+    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.embed_dim
+        self.modulation = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (6, width), dtype))
+        self.self_attention = SelfAttention(config, dtype=dtype, rngs=rngs)
+        self.cross_norm = AffineLayerNorm(width, dtype=dtype)
+        self.cross_attention = CrossAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, config.mlp_dim, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows tokens channels"],
+        modulation: Float[Array, "rows 6 channels"],
+        text: KeyValue,
+        text_mask: Bool[Array, "rows text_tokens"],
+        rotation: Rotation,
+        attend: Attend,
+    ) -> tuple[Float[Array, "rows tokens channels"], KeyValue]:
+        gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = (
+            modulation[:, i] for i in range(6)
+        )
+        update, cache = self.self_attention(modulate(x, scale_attention, shift_attention), rotation, attend)
+        x = x + gate_attention[:, None] * update
+        x = x + self.cross_attention(self.cross_norm(x), text, text_mask)
+        x = x + gate_mlp[:, None] * self.mlp(modulate(x, scale_mlp, shift_mlp))
+        return x, cache
+
+
+def append_and_attend(cache: KeyValue, length: int) -> Attend:
+    """Attention of one scale's tokens to a cache that already holds `length` of them.
+
+    The buffers keep their capacity, so a donated cache is updated in place; only the valid prefix is attended to.
+    """
+
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, KeyValue]:
+        update = jax.lax.dynamic_update_slice_in_dim
+        entry = KeyValue(update(cache.key, key, length, axis=1), update(cache.value, value, length, axis=1))
+        kv_length = length + query.shape[1]
+        output = flash_attention_entropy(
+            query, entry.key, entry.value, scale=1.0, kv_length=kv_length, return_entropy=False
+        ).output
+        return output, entry
+
+    return attend
+
+
+def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend:
+    """Teacher forcing: all scales at once, each attending to itself and to earlier ones.
+
+    Every scale's queries against their prefix of keys is the block-causal mask, without the work it would mask.
+    """
+
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, KeyValue]:
+        outputs, start = [], 0
+        for grid in schedule:
+            end = start + grid.size
+            outputs.append(
+                flash_attention_entropy(
+                    query[:, start:end], key[:, :end], value[:, :end], scale=1.0, return_entropy=False
+                ).output
+            )
+            start = end
+        return jnp.concatenate(outputs, axis=1), KeyValue(key, value)
+
+    return attend
+
+
+class Infinity(nnx.Module):
+    """The transformer of one checkpoint.
+
+    Args:
+      config: shapes and switches.
+      dtype: float32 or bfloat16; in bfloat16 the blocks' parameters and all large products are bfloat16.
+      rngs: source of the random initial parameters.
+    """
+
+    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, text = config.embed_dim, config.text_channels
+        normal = nnx.initializers.normal(0.02)
+        self.config = config
+        self.unconditional_features = nnx.Param(normal(rngs.params(), (config.text_max_length, text), jnp.float32))
+        self.text_norm = RMSNorm(text)
+        self.text_pool = TextPool(config, dtype=dtype, rngs=rngs)
+        self.text_projection = MLP(text, width, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.shared_modulation = _linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
+        self.start_position = nnx.Param(normal(rngs.params(), (width,), jnp.float32))
+        self.word_embedding = _linear(config.token_bits, width, dtype=jnp.float32, rngs=rngs)
+        self.level_embedding = nnx.Param(normal(rngs.params(), (config.max_scales, width), jnp.float32))
+        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+        self.head_modulation = _linear(width, 2 * width, dtype=jnp.float32, rngs=rngs)
+        self.head = _linear(width, 2 * config.token_bits, dtype=jnp.float32, rngs=rngs)
+
+    def unconditional_text(self, text_tokens: int) -> Float[Array, "text_tokens channels"]:
+        """The learned features that stand for "no prompt", padded or cut to `text_tokens` rows."""
+        features = self.unconditional_features[:text_tokens]
+        return jnp.pad(features, ((0, text_tokens - features.shape[0]), (0, 0)))
+
+    def encode_text(
+        self, features: Float[Array, "rows text_tokens channels"], lengths: Int[Array, "rows"]
+    ) -> TextContext:
+        """Projects text features, of which the first `lengths` of each row are real (sections 3.2 to 3.4)."""
+        mask = jnp.arange(features.shape[1]) < lengths[:, None]
+        features = self.text_norm(features)
+        pooled = self.text_pool(features, mask)
+        projected = self.text_projection(features)
+        rows, width = pooled.shape
+        activated = jax.nn.silu(pooled)
+        shared = self.shared_modulation(activated).reshape(rows, 6, width)
+        return TextContext(
+            pooled=pooled,
+            modulation=tuple(shared + block.modulation[...].astype(jnp.float32) for block in self.blocks),
+            head_modulation=self.head_modulation(activated).reshape(rows, 2, width),
+            key_values=tuple(block.cross_attention.text_key_value(projected) for block in self.blocks),
+            mask=mask,
+        )
+
+    def start_tokens(self, context: TextContext) -> Float[Array, "rows 1 channels"]:
+        """Input of the first scale: the pooled text."""
+        return context.pooled[:, None] + self.start_position[...]
+
+    def embed_codes(self, codes: Float[Array, "rows tokens bits"]) -> Float[Array, "rows tokens channels"]:
+        """Input of a later scale: the codes so far, resized to its grid."""
+        return self.word_embedding(codes)
+
+    def forward(
+        self,
+        x: Float[Array, "rows tokens channels"],
+        context: TextContext,
+        levels: Float[Array, "*tokens channels"],
+        rotation: Rotation,
+        attend: Callable[[int], Attend],
+        after_block: Callable[[int, Array], Array] = lambda _, x: x,
+    ) -> tuple[Float[Array, "rows tokens channels"], Cache, dict[str, Array]]:
+        """Runs the blocks.
+
+        Args:
+          x: input tokens, level embedding not yet added.
+          context: the text.
+          levels: level embedding of the tokens.
+          rotation: cos and sin of the tokens.
+          attend: layer index -> how that layer attends.
+          after_block: (layer index, x) -> x, for guidance inside the layers.
+
+        Returns:
+          The output tokens, the new cache, and the named intermediates `block0_in` and `block{i}_out`.
+        """
+        config = self.config
+        per_chunk = config.depth // config.num_chunks
+        intermediates: dict[str, Array] = {}
+        caches = []
+        for i, block in enumerate(self.blocks):
+            if i == 0 or (config.level_embedding_per_chunk and i % per_chunk == 0):
+                x = x + levels
+            if i == 0:
+                intermediates["block0_in"] = x
+            x, cache = block(x, context.modulation[i], context.key_values[i], context.mask, rotation, attend(i))
+            x = after_block(i, x)
+            caches.append(cache)
+            intermediates[f"block{i}_out"] = x
+        return x, tuple(caches), intermediates
+
+    def logits(
+        self, x: Float[Array, "rows tokens channels"], context: TextContext
+    ) -> Float[Array, "rows tokens two_bits"]:
+        """Two logits per bit, float32: channels 2k and 2k+1 are bit k being 0 and 1 (section 4.7)."""
+        rows = x.shape[0]
+        scale, shift = context.head_modulation[:rows, 0], context.head_modulation[:rows, 1]
+        return self.head(modulate(x, scale, shift))
+
+    def teacher_forced_logits(
+        self,
+        codes: Float[Array, "rows later_tokens bits"],
+        context: TextContext,
+        *,
+        schedule: ScaleSchedule,
+        rope_grid: Grid,
+    ) -> Float[Array, "rows tokens two_bits"]:
+        """Logits of all scales in one pass, given every later scale's input codes (training; section 4.3).
+
+        Args:
+          codes: for scales 1 and on, the codes so far resized to the scale's grid, concatenated over tokens.
+          context: the text.
+          schedule: token grids.
+          rope_grid: grid that positions refer to.
+        """
+        config = self.config
+        x = jnp.concatenate([self.start_tokens(context), self.embed_codes(codes)], axis=1)
+        levels = jnp.concatenate(
+            [
+                jnp.broadcast_to(self.level_embedding[i], (grid.size, x.shape[-1]))
+                for i, grid in enumerate(schedule)
+            ]
+        )
+        rotations = [rope.rotation(grid, rope_grid, config.head_dim, config.rope_mode) for grid in schedule]
+        cos, sin = (jnp.concatenate(tables) for tables in zip(*rotations, strict=True))
+        attend = attend_scale_by_scale(schedule)
+        x, _, _ = self.forward(x, context, levels, (cos, sin), lambda _: attend)
+        return self.logits(x, context)

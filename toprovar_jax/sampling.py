@@ -1,0 +1,59 @@
+"""From logits to bits: guidance, temperature, filtering, random draws (docs/spec/infinity.md, section 5).
+
+All settings may be traced values, so that one compiled step serves every setting.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+
+def guide(
+    conditional: Float[Array, "*shape"], unconditional: Float[Array, "*shape"], guidance_scale: Float[Array, ""]
+) -> Float[Array, "*shape"]:
+    """Classifier-free guidance: scale x conditional + (1 - scale) x unconditional."""
+    return guidance_scale * conditional + (1 - guidance_scale) * unconditional
+
+
+def filter_probabilities(
+    logits: Float[Array, "*batch classes"], top_k: Int[Array, ""] | int, top_p: Float[Array, ""] | float
+) -> Float[Array, "*batch classes"]:
+    """Probabilities after top-k and then top-p filtering over the last axis.
+
+    Args:
+      logits: unnormalised log-probabilities.
+      top_k: keep values at least as large as the k-th largest (ties stay); 0 is off.
+      top_p: drop the smallest values while their cumulative probability is at most 1 - top_p; the largest
+        always stays; 0 is off.
+    """
+    classes = logits.shape[-1]
+    index = jnp.arange(classes)
+    # Ranks from pairwise comparisons: for the two classes of a bit this is far cheaper than a sort.
+    own, other = logits[..., :, None], logits[..., None, :]
+    num_larger = jnp.sum(other > own, axis=-1)
+    kept = (num_larger < top_k) | (top_k <= 0)
+    logits = jnp.where(kept, logits, -jnp.inf)
+
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    own, other = logits[..., :, None], logits[..., None, :]
+    not_after = (other < own) | ((other == own) & (index[None, :] <= index[:, None]))
+    cumulative = jnp.sum(jnp.where(not_after, probabilities[..., None, :], 0.0), axis=-1)
+    is_last = jnp.sum(not_after, axis=-1) == classes
+    kept = (cumulative > 1 - top_p) | is_last | (top_p <= 0)
+    return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+
+
+def exponential_draws(key: Key[Array, ""], tokens: int, bits: int) -> Float[Array, "tokens bits 2"]:
+    """Exp(1) draws of one image at one scale; each depends only on the key, its token and its bit."""
+
+    def draw(token: Int[Array, ""]) -> Float[Array, "bits 2"]:
+        return jax.random.exponential(jax.random.fold_in(key, token), (bits, 2))
+
+    return jax.vmap(draw)(jnp.arange(tokens))
+
+
+def sample_classes(
+    probabilities: Float[Array, "*batch classes"], draws: Float[Array, "*batch classes"]
+) -> UInt8[Array, "*batch"]:
+    """Draws one class each: argmax of probability / Exp(1) draw, the first one on ties."""
+    return jnp.argmax(probabilities / draws, axis=-1).astype(jnp.uint8)
