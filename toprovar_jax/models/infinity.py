@@ -4,7 +4,7 @@ Text features become a context that all scales share (`Infinity.encode_text`); t
 the blocks, attending to themselves and to the cached keys and values of earlier scales (`Infinity.forward`); the
 head turns them into two logits per bit (`Infinity.logits`). The loop over scales is in `scale_loop.py`.
 
-Source: docs/spec/infinity.md, sections 3 and 4. Precision: `precision.py`. Shape names: rows = images, doubled under
+Source: docs/spec/infinity.md, sections 3 and 4. Precision: `precision.py`. Shapes: rows = images, doubled under
 guidance (conditional rows first); tokens = tokens of the scales at hand; bits = bits that one token predicts.
 """
 
