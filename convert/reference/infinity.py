@@ -68,10 +68,10 @@ def ragged_attention(
       values: [text tokens, heads, head_dim] for each row.
     """
     rows = [
-        functional.scaled_dot_product_attention(row_query, key.transpose(0, 1), value.transpose(0, 1))
-        for row_query, key, value in zip(query, keys, values, strict=True)
+        functional.scaled_dot_product_attention(row_query, key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+        for row_query, key, value in zip(query.split(1), keys, values, strict=True)
     ]
-    return torch.stack(rows).transpose(1, 2).flatten(2)
+    return torch.cat(rows).transpose(1, 2).flatten(2)
 
 
 class TextNorm(nn.Module):
