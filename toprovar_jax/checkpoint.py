@@ -1,0 +1,262 @@
+"""Checkpoint folders: one layout, one writer and one reader, whatever the size of the models.
+
+    DIR/manifest.json      configuration, dtype, origin, size and SHA-256 of every other file, digest of itself
+    DIR/transformer/       orbax checkpoint of the Infinity transformer
+    DIR/vae/               orbax checkpoint of the BSQ-VAE
+    DIR/text_encoder/      orbax checkpoint of the T5 encoder (optional)
+    DIR/tokenizer.json     its tokenizer in the format of the `tokenizers` package (optional)
+
+Orbax loads files with flipped bytes without noticing; the manifest is what makes a checkpoint trustworthy, so
+nothing loads without it. A folder is written under another name and moved into place when it is complete.
+"""
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jaxtyping import DTypeLike
+from orbax.checkpoint import type_handlers
+
+from toprovar_jax import atomic_folder
+from toprovar_jax.config import CheckpointConfig
+from toprovar_jax.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    list_files,
+    load_manifest,
+    verify,
+)
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.skeleton import Parameters, abstract_parameters
+from toprovar_jax.models.t5 import T5Encoder
+
+Component = Literal["transformer", "vae", "text_encoder"]
+COMPONENTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
+DTYPES = ("float32", "bfloat16")
+
+TOKENIZER_NAME = "tokenizer.json"
+
+_WRITE_BATCH_BYTES = 256 * 2**20
+_DATA_FILE_BYTES = 256 * 2**20
+_READ_CONCURRENT_GB = 2
+
+
+def skeleton(config: CheckpointConfig, component: Component, dtype: DTypeLike) -> Parameters:
+    """Shapes and dtypes of a component's parameters: nested dictionaries with `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+      CheckpointError: the checkpoint has no such component or the dtype is not one of `DTYPES`.
+    """
+    name = _dtype_name(dtype)
+    if component == "transformer":
+        return abstract_parameters(Infinity, config.transformer, name)
+    if component == "vae":
+        return abstract_parameters(BSQVAE, config.vae, name)
+    if config.text_encoder is None:
+        raise CheckpointError(
+            "this checkpoint holds no text encoder: convert again with --text_encoder, or pass text features"
+        )
+    return abstract_parameters(T5Encoder, config.text_encoder, name)
+
+
+def flatten(parameters: Parameters) -> dict[str, Any]:
+    """Leaves by their path, as in "blocks/0/mlp/up/kernel"; `unflatten` is the inverse."""
+    return {"/".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(parameters).items()}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Parameters:
+    """Nested dictionaries from leaves by path; parts made of digits become the integer keys of lists."""
+    return traverse_util.unflatten_dict(
+        {tuple(int(part) if part.isdigit() else part for part in path.split("/")): x for path, x in leaves.items()}
+    )
+
+
+def check_target(directory: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Finds out before any work whether `save` may write to this folder.
+
+    Raises:
+      InputError: it exists and must not be replaced, or it cannot be written.
+    """
+    atomic_folder.check_target(Path(directory), marker=MANIFEST_NAME, overwrite=overwrite)
+
+
+def save(
+    directory: str | os.PathLike[str],
+    config: CheckpointConfig,
+    parameters: Mapping[Component, Parameters],
+    *,
+    dtype: DTypeLike,
+    tokenizer: str | None = None,
+    sources: Sequence[FileRecord] = (),
+    overwrite: bool = False,
+) -> Manifest:
+    """Writes a checkpoint folder: complete, or nothing at all.
+
+    Leaves are read one batch after the other, so that memory-mapped arrays of any total size can be saved.
+
+    Args:
+      directory: the folder to make; missing parents are made.
+      config: configurations of the components in `parameters`.
+      parameters: per component, numpy or jax arrays in the structure and shapes of `skeleton`.
+      dtype: precision policy to store, float32 or bfloat16; leaves are cast to the skeleton's dtypes.
+      tokenizer: text of the text encoder's tokenizer.json.
+      sources: files that the parameters come from, for the record.
+      overwrite: replace an existing checkpoint in one step; by default an existing folder is refused.
+
+    Returns:
+      The manifest written.
+
+    Raises:
+      InputError: the folder exists or cannot be written, or the parameters do not fit the configuration.
+    """
+    target = Path(directory)
+    check_target(target, overwrite=overwrite)
+    expected: tuple[Component, ...] = COMPONENTS if config.text_encoder is not None else COMPONENTS[:2]
+    if set(parameters) != set(expected):
+        raise CheckpointError(f"parameters of {', '.join(expected)} are needed, got {', '.join(parameters)}")
+    skeletons = {component: skeleton(config, component, dtype) for component in expected}
+    for component in expected:
+        _check_fit(component, parameters[component], skeletons[component])
+    _check_space(target, skeletons)
+    with atomic_folder.write_folder(target, marker=MANIFEST_NAME, overwrite=overwrite) as folder:
+        for component in expected:
+            _write_component(folder / component, parameters[component], skeletons[component])
+        if tokenizer is not None:
+            (folder / TOKENIZER_NAME).write_text(tokenizer, encoding="utf-8")
+        manifest = Manifest(
+            config=config,
+            dtype=_dtype_name(dtype),
+            files=tuple(FileRecord.of(folder / name, name) for name in list_files(folder)),
+            sources=tuple(sources),
+            writer=f"toprovar-jax {importlib.metadata.version('toprovar-jax')}",
+        )
+        (folder / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
+    return manifest
+
+
+def load_parameters(
+    directory: str | os.PathLike[str], component: Component, dtype: DTypeLike | None = None
+) -> Parameters:
+    """Loads one component onto the default device, after verifying the digests of its files.
+
+    Args:
+      directory: a checkpoint folder.
+      component: which model.
+      dtype: precision policy to load in, float32 or bfloat16; None is the stored one.
+
+    Returns:
+      Nested dictionaries of jax arrays with the structure, shapes and dtypes of `skeleton`.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, lacks the component, or was written for other shapes.
+    """
+    folder = Path(directory)
+    manifest = load_manifest(folder)
+    target = skeleton(manifest.config, component, manifest.dtype if dtype is None else dtype)
+    verify(folder, [record for record in manifest.files if record.name.startswith(f"{component}/")])
+    return _read_component(folder / component, target)
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> str | None:
+    """Verified text of the checkpoint's tokenizer.json, or None where it has none.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged.
+    """
+    folder = Path(directory)
+    records = [record for record in load_manifest(folder).files if record.name == TOKENIZER_NAME]
+    if not records:
+        return None
+    verify(folder, records)
+    return (folder / TOKENIZER_NAME).read_text(encoding="utf-8")
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise CheckpointError(f"unknown dtype {name}: choose {' or '.join(DTYPES)}")
+    return name
+
+
+def _check_fit(component: Component, parameters: Parameters, target: Parameters) -> None:
+    wanted = {path: leaf.shape for path, leaf in flatten(target).items()}
+    given = {path: tuple(leaf.shape) for path, leaf in flatten(parameters).items()}
+    if wanted != given:
+        wrong = sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path))
+        raise CheckpointError(f"the {component} parameters do not fit the configuration: {', '.join(wrong)}")
+
+
+def _check_space(target: Path, skeletons: Mapping[Component, Parameters]) -> None:
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(skeletons)))
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{target} needs up to {needed / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free: make room"
+        )
+
+
+class _BatchedNumpyHandler(type_handlers.NumpyHandler):
+    """Writes arrays one batch after the other, without copying them all first as orbax does."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(
+        self,
+        values: Sequence[np.ndarray],
+        infos: Sequence[Any],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        args = args or [ocp.SaveArgs()] * len(values)
+        start = size = 0
+        for index, value in enumerate(values):
+            size += value.nbytes
+            if size >= _WRITE_BATCH_BYTES or index == len(values) - 1:
+                batch = slice(start, index + 1)
+                for commit in await super().serialize(values[batch], infos[batch], args[batch]):
+                    commit.result()
+                start, size = index + 1, 0
+        return []
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    registry = type_handlers.create_type_handler_registry(
+        (jax.Array, type_handlers.ArrayHandler()), (np.ndarray, _BatchedNumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, restore_concurrent_gb=_READ_CONCURRENT_GB)
+
+
+def _with_text_keys(tree: Parameters) -> Parameters:
+    """The tree as orbax stores it: all keys are text."""
+    return traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flatten(tree).items()})
+
+
+def _write_component(folder: Path, parameters: Parameters, target: Parameters) -> None:
+    item = _with_text_keys(jax.tree.map(np.asarray, parameters))
+    save_args = _with_text_keys(jax.tree.map(lambda leaf: ocp.SaveArgs(dtype=leaf.dtype), target))
+    arguments = ocp.args.PyTreeSave(item, save_args=save_args, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(folder.absolute(), arguments)
+
+
+def _read_component(folder: Path, target: Parameters) -> Parameters:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    restore_args = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape), target
+    )
+    arguments = ocp.args.PyTreeRestore(_with_text_keys(target), restore_args=_with_text_keys(restore_args))
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        restored = checkpointer.restore(folder.absolute(), arguments)
+    return unflatten(flatten(restored))
