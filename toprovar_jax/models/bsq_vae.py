@@ -24,8 +24,9 @@ from toprovar_jax.precision import matmul_precision
 from toprovar_jax.resize import pixel_unshuffle, resize_area, resize_bilinear
 from toprovar_jax.schedule import ScaleSchedule
 
-Bits = UInt8[Array, "batch height width bits"]
-Map = Float32[Array, "batch height width channels"]
+# The names bind batch and bits alone, for the scales of one pyramid have different grids.
+Bits = UInt8[Array, "batch _ _ bits"]
+Map = Float32[Array, "batch _ _ bits"]
 
 
 def bits_to_codes(bits: Integer[Array, "*shape bits"]) -> Float32[Array, "*shape bits"]:
