@@ -1,0 +1,128 @@
+"""Prompts to tokens, and tokens to the text features that the transformer reads.
+
+Source: docs/spec/infinity.md, section 3.1.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float32, Int, Int32
+
+from toprovar_jax.config import T5Config
+from toprovar_jax.errors import InputError
+from toprovar_jax.models.skeleton import Parameters, bind
+from toprovar_jax.models.t5 import T5Encoder
+
+MAX_TOKENS = 512
+
+# Lengths that texts are padded to, so that few shapes are compiled.
+TEXT_BUCKETS = (8, 16, 32, 64, 128, 256, MAX_TOKENS)
+
+_END_OF_SEQUENCE = "</s>"
+
+
+def text_bucket(length: int) -> int:
+    """The smallest padded length with room for `length` tokens.
+
+    Raises:
+      ValueError: no bucket is that long.
+    """
+    for bucket in TEXT_BUCKETS:
+        if length <= bucket:
+            return bucket
+    raise ValueError(f"a text may have up to {MAX_TOKENS} tokens, got {length}")
+
+
+class TokenBatch(NamedTuple):
+    """Tokens of a batch of prompts, padded to a common bucket.
+
+    Attributes:
+      tokens: vocabulary indices, 0 where padded.
+      mask: which tokens are real; the end-of-sequence token is.
+    """
+
+    tokens: Int32[np.ndarray, "batch tokens"]
+    mask: Bool[np.ndarray, "batch tokens"]
+
+    @property
+    def lengths(self) -> Int32[np.ndarray, "batch"]:
+        """Real tokens of each prompt."""
+        return self.mask.sum(axis=1, dtype=np.int32)
+
+
+class Tokenizer:
+    """The text encoder's tokenizer.
+
+    Args:
+      tokenizer_json: text of the tokenizer.json that is published with the text encoder.
+
+    Raises:
+      InputError: the text is no tokenizer, or one that does not end prompts the way T5 expects.
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        remedy = "pass the tokenizer.json that is published with the text encoder"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the package raises nothing narrower
+            raise InputError(f"tokenizer.json is not readable ({error}): {remedy}") from error
+        # The file may carry settings of its own for both.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._end = self._tokenizer.encode("a").ids[-1:]
+        if self._end != [self._tokenizer.token_to_id(_END_OF_SEQUENCE)]:
+            raise InputError(f"tokenizer.json does not end prompts with {_END_OF_SEQUENCE}: {remedy}")
+
+    def encode(self, prompts: Sequence[str], max_length: int = MAX_TOKENS) -> TokenBatch:
+        """Tokenizes prompts.
+
+        A prompt of more than `max_length` tokens loses its last ones, but not the end-of-sequence token, and a
+        warning says so.
+
+        Raises:
+          InputError: a prompt is empty.
+        """
+        rows = []
+        for prompt in prompts:
+            if not prompt.strip():
+                raise InputError("the prompt is empty: describe the image in at least one word")
+            row = self._tokenizer.encode(prompt).ids
+            if len(row) > max_length:
+                warnings.warn(
+                    f"the prompt has {len(row)} tokens and the text encoder reads {max_length}: its end is cut "
+                    f"off, shorten it ({prompt[:40]!r}...)",
+                    stacklevel=2,
+                )
+                row = row[: max_length - 1] + self._end
+            rows.append(row)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        mask = np.arange(text_bucket(int(lengths.max()))) < lengths[:, None]
+        tokens = np.zeros(mask.shape, np.int32)
+        tokens[mask] = np.concatenate(rows)
+        return TokenBatch(tokens, mask)
+
+
+def encode_text(
+    params: Parameters,
+    tokens: Int[Array, "batch tokens"],
+    mask: Bool[Array, "batch tokens"],
+    *,
+    config: T5Config,
+    dtype: DTypeLike,
+) -> Float32[Array, "batch tokens channels"]:
+    """Text features, zero where padded; how far a text is padded does not change its features.
+
+    Args:
+      params: the text encoder's parameters.
+      tokens: vocabulary indices.
+      mask: which tokens are real.
+      config: the text encoder.
+      dtype: float32 or bfloat16, the policy that the parameters were loaded for.
+    """
+    features = bind(T5Encoder, config, dtype, params)(tokens, mask)
+    return jnp.where(mask[..., None], features, 0)
