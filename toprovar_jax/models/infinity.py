@@ -415,6 +415,7 @@ class Infinity(nnx.Module):
         *,
         schedule: ScaleSchedule,
         rope_grid: Grid,
+        attend: Attend | None = None,
     ) -> Float[Array, "rows tokens two_bits"]:
         """Logits of all scales in one pass, given every later scale's input codes (training; section 4.3).
 
@@ -423,6 +424,8 @@ class Infinity(nnx.Module):
           context: the text.
           schedule: token grids.
           rope_grid: grid that positions refer to.
+          attend: block-causal attention over the scales; `attend_scale_by_scale` by default, which is forward
+            only, so training passes a differentiable one.
         """
         config = self.config
         x = jnp.concatenate([self.start_tokens(context), self.embed_codes(codes)], axis=1)
@@ -434,6 +437,6 @@ class Infinity(nnx.Module):
         )
         rotations = [rope.rotation(grid, rope_grid, config.head_dim, config.rope_mode) for grid in schedule]
         cos, sin = (jnp.concatenate(tables) for tables in zip(*rotations, strict=True))
-        attend = attend_scale_by_scale(schedule)
-        x, _, _ = self.forward(x, context, levels, (cos, sin), lambda _: attend)
+        every_layer = attend_scale_by_scale(schedule) if attend is None else attend
+        x, _, _ = self.forward(x, context, levels, (cos, sin), lambda _: every_layer)
         return self.logits(x, context)
