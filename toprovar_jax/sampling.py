@@ -5,18 +5,23 @@ All settings may be traced values, so that one compiled step serves every settin
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
+
+FloatScalar = float | Float[Array, ""] | Float[np.ndarray, ""]
+IntScalar = int | Int[Array, ""] | Int[np.ndarray, ""]
 
 
 def guide(
-    conditional: Float[Array, "*shape"], unconditional: Float[Array, "*shape"], guidance_scale: Float[Array, ""]
+    conditional: Float[Array, "*shape"], unconditional: Float[Array, "*shape"], guidance_scale: FloatScalar
 ) -> Float[Array, "*shape"]:
     """Classifier-free guidance: scale x conditional + (1 - scale) x unconditional."""
-    return guidance_scale * conditional + (1 - guidance_scale) * unconditional
+    scale = jnp.asarray(guidance_scale)
+    return scale * conditional + (1 - scale) * unconditional
 
 
 def filter_probabilities(
-    logits: Float[Array, "*batch classes"], top_k: Int[Array, ""] | int, top_p: Float[Array, ""] | float
+    logits: Float[Array, "*batch classes"], top_k: IntScalar, top_p: FloatScalar
 ) -> Float[Array, "*batch classes"]:
     """Probabilities after top-k and then top-p filtering over the last axis.
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from toprovar_jax import sampling
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.models import rope
+from toprovar_jax.models.bsq_vae import bits_to_codes
 from toprovar_jax.models.infinity import Cache, Infinity, KeyValue, TextContext, append_and_attend
 from toprovar_jax.models.skeleton import Parameters, bind
 from toprovar_jax.resize import pixel_shuffle, pixel_unshuffle, resize_bilinear
@@ -77,10 +78,10 @@ class LoopState(NamedTuple):
 class SamplingSettings(NamedTuple):
     """Settings of one scale, as traced scalars: no value of theirs needs another compilation."""
 
-    guidance_scale: Float[Array, ""] | float
-    temperature: Float[Array, ""] | float
-    top_k: Int[Array, ""] | int
-    top_p: Float[Array, ""] | float
+    guidance_scale: sampling.FloatScalar
+    temperature: sampling.FloatScalar
+    top_k: sampling.IntScalar
+    top_p: sampling.FloatScalar
 
 
 class ScaleOutput(NamedTuple):
@@ -141,13 +142,6 @@ def initial_state(loop: LoopConfig, batch: int) -> LoopState:
     )
 
 
-def bits_to_codes(
-    bits: UInt8[Array, "batch height width code_dim"],
-) -> Float[Array, "batch height width code_dim"]:
-    """Codes +-1/sqrt(code_dim): points on the unit sphere."""
-    return (2.0 * bits.astype(jnp.float32) - 1.0) / jnp.sqrt(jnp.float32(bits.shape[-1]))
-
-
 def _scale_input(
     model: Infinity, context: TextContext, code_map: Array, loop: LoopConfig, scale: int
 ) -> Float[Array, "rows tokens channels"]:
@@ -170,7 +164,7 @@ def _choose_bits(
     logits = logits_raw / settings.temperature
     if loop.guided and loop.guidance_layer == 0:
         conditional, unconditional = jnp.split(logits, 2)
-        logits = sampling.guide(conditional, unconditional, jnp.asarray(settings.guidance_scale))
+        logits = sampling.guide(conditional, unconditional, settings.guidance_scale)
     logits = logits.reshape(draws.shape)
     probabilities = sampling.filter_probabilities(logits, settings.top_k, settings.top_p)
     bits = sampling.sample_classes(probabilities, draws)
@@ -217,7 +211,8 @@ def scale_step(
         if not loop.guided or layer != config.depth + loop.guidance_layer:
             return x
         guidance_scale = jnp.asarray(settings.guidance_scale)
-        mixed = sampling.guide(*jnp.split(x, 2), guidance_scale)
+        conditional, unconditional = jnp.split(x, 2)
+        mixed = sampling.guide(conditional, unconditional, guidance_scale)
         return jnp.where(guidance_scale == 1, x, jnp.concatenate([mixed, mixed]))
 
     x = _scale_input(model, context, state.code_map, loop, scale)

@@ -1,0 +1,145 @@
+"""Generates images: python -m toprovar_jax.generate --checkpoint DIR --prompt TEXT
+
+Writes one PNG per image, with prompt, seed, settings and the checkpoint's digest as text chunks.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import flags
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from toprovar_jax import command_line
+from toprovar_jax.errors import InputError
+from toprovar_jax.output import PipelineOutput, Timings
+from toprovar_jax.pipeline import InfinityPipeline
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder written by `python -m convert`.")
+_PROMPT = flags.DEFINE_string("prompt", None, "What to draw.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Text file with one prompt per line.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "images", "Folder for the PNG files; made where missing.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first image; the next ones count up.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images per prompt.")
+_GUIDANCE_SCALE = flags.DEFINE_float(
+    "guidance_scale", None, "Classifier-free guidance; default: the checkpoint's."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "Sampling temperature; default: the checkpoint's.")
+_ASPECT_RATIO = flags.DEFINE_float("aspect_ratio", None, "height / width; the nearest template is used.")
+_HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels, with --width, instead of --aspect_ratio.")
+_WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, with --height, instead of --aspect_ratio.")
+_PIXELS = flags.DEFINE_string(
+    "pixels", None, "Pixel budget: 0.06M, 0.25M, 0.60M or 1M; default: the checkpoint's."
+)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.")
+
+
+def main() -> None:
+    """Reads the flags, generates, writes the files and prints one line of timings per prompt."""
+    prompts = _prompts()
+    folder = _writable_folder(_OUTPUT_DIR.value)
+    if _CHECKPOINT.value is None:
+        raise InputError("no checkpoint: pass --checkpoint DIR, a folder written by `python -m convert`")
+    _use_compilation_cache()
+    pipe = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
+    for index, prompt in enumerate(prompts):
+        with tqdm(desc="scales", unit="scale") as bar:
+
+            def show(_: int, num_scales: int, bar: tqdm = bar) -> None:
+                bar.total = num_scales
+                bar.update()
+
+            output = pipe(
+                prompt,
+                num_images_per_prompt=_NUM_IMAGES.value,
+                seed=_SEED.value,
+                guidance_scale=_GUIDANCE_SCALE.value,
+                temperature=_TEMPERATURE.value,
+                aspect_ratio=_ASPECT_RATIO.value,
+                height=_HEIGHT.value,
+                width=_WIDTH.value,
+                pixels=_PIXELS.value,
+                callback_on_scale_end=show,
+            )
+        for path in _write(output, pipe, prompt, folder, index):
+            print(path)
+        print(_timings_line(output.timings))
+
+
+def _prompts() -> list[str]:
+    prompt, file = _PROMPT.value, _PROMPT_FILE.value
+    if prompt is not None and file is None:
+        if not prompt.strip():
+            raise InputError("the prompt is empty: say what to draw")
+        return [prompt]
+    if file is None or prompt is not None:
+        raise InputError("pass what to draw with --prompt TEXT or --prompt_file FILE, one of the two")
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompts of {file} as UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{file} holds no prompt: write one per line")
+    return prompts
+
+
+def _writable_folder(name: str) -> Path:
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the output folder {folder} ({error.strerror}): choose another --output_dir"
+        ) from error
+    return folder
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in a folder of the user's, so that only the first run of a model compiles."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(root) / "toprovar_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _write(output: PipelineOutput, pipe: InfinityPipeline, prompt: str, folder: Path, index: int) -> list[Path]:
+    settings = {
+        "guidance_scale": _GUIDANCE_SCALE.value,
+        "temperature": _TEMPERATURE.value,
+        "pixels": _PIXELS.value,
+    }
+    defaults = pipe.config.defaults
+    paths = []
+    for i, image in enumerate(output.images):
+        assert isinstance(image, Image.Image)
+        info = PngInfo()
+        info.add_itxt("prompt", prompt)
+        info.add_text("seed", str(_SEED.value + i))
+        for name, value in settings.items():
+            info.add_text(name, str(getattr(defaults, name) if value is None else value))
+        info.add_text("size", f"{image.height}x{image.width}")
+        info.add_text("dtype", pipe.dtype)
+        info.add_text("checkpoint", str(pipe.checkpoint_digest))
+        path = folder / f"image_{index:04d}_seed_{_SEED.value + i}.png"
+        partial = path.with_suffix(".partial")
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+        paths.append(path)
+    return paths
+
+
+def _timings_line(timings: Timings) -> str:
+    return (
+        f"cold: compile {timings.compile:.2f} s | warm: text {timings.text:.3f} s, {len(timings.scales)} scales "
+        f"{sum(timings.scales):.3f} s, decode {timings.decode:.3f} s, total {timings.total:.3f} s"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

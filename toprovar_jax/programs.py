@@ -1,0 +1,68 @@
+"""Compiled programs under explicit keys, and the time they took to compile."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+
+class Recipe(NamedTuple):
+    """How to compile a program.
+
+    Attributes:
+      function: a pure function.
+      arguments: its positional arguments, or their shapes as `jax.ShapeDtypeStruct`s.
+      static: its keyword arguments, compiled in.
+      donate: positions of arguments whose buffers the result may take over.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[PyTree, ...]
+    static: dict[str, Hashable]
+    donate: tuple[int, ...] = ()
+
+    def output_shapes(self) -> PyTree:
+        """Shapes and dtypes of the result, without running anything."""
+        return jax.eval_shape(functools.partial(self.function, **self.static), *self.arguments)
+
+    def compile(self) -> Any:
+        """Lowers and compiles."""
+        function = functools.partial(self.function, **self.static)
+        return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments).compile()
+
+
+class Programs:
+    """Compiles each program once, several at a time, and runs it by its key."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def compile(self, recipes: Mapping[Hashable, Callable[[], Recipe]]) -> float:
+        """Compiles the programs whose keys are new.
+
+        Args:
+          recipes: how to compile each, by key; called for new keys only.
+
+        Returns:
+          Seconds that this took; 0.0 where every key was known.
+        """
+        missing = {key: recipe for key, recipe in recipes.items() if key not in self._compiled}
+        if not missing:
+            return 0.0
+        started = time.perf_counter()
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            compiled = list(pool.map(lambda recipe: recipe().compile(), missing.values()))
+        self._compiled |= dict(zip(missing, compiled, strict=True))
+        return time.perf_counter() - started
+
+    def run(self, key: Hashable, *arguments: PyTree) -> Any:
+        """Runs a program that was compiled before."""
+        return self._compiled[key](*arguments)

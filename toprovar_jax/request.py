@@ -1,0 +1,282 @@
+"""What a call of the pipeline asks for, checked and filled with the checkpoint's defaults."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8, UInt32
+
+from toprovar_jax.config import CheckpointConfig
+from toprovar_jax.errors import InputError
+from toprovar_jax.schedule import (
+    ASPECT_RATIOS,
+    PIXEL_BUDGETS,
+    Grid,
+    ScaleSchedule,
+    rope_grid,
+    scale_schedule,
+    tokenizer_schedule,
+)
+
+OutputType = Literal["pil", "np", "latent"]
+OUTPUT_TYPES = ("pil", "np", "latent")
+POLICIES = ("dense",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Grids of a run.
+
+    Attributes:
+      schedule: token grids.
+      rope_grid: grid that positions refer to.
+    """
+
+    schedule: ScaleSchedule
+    rope_grid: Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleSettings:
+    """Guidance and sampling, one value per scale each."""
+
+    guidance_scale: tuple[float, ...]
+    temperature: tuple[float, ...]
+    top_k: tuple[int, ...]
+    top_p: tuple[float, ...]
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale needs unconditional rows."""
+        return any(scale != 1 for scale in self.guidance_scale)
+
+
+def image_size(config: CheckpointConfig, schedule: ScaleSchedule) -> tuple[int, int]:
+    """Height and width in pixels of what a schedule generates."""
+    height, width = tokenizer_schedule(schedule, config.transformer.patchify)[-1]
+    return height * config.vae.stride, width * config.vae.stride
+
+
+def resolve_geometry(
+    config: CheckpointConfig,
+    *,
+    height: int | None,
+    width: int | None,
+    aspect_ratio: float | None,
+    pixels: str | None,
+    schedule: Sequence[tuple[int, int]] | None,
+    rope: tuple[int, int] | None,
+) -> Geometry:
+    """Chooses the grids.
+
+    Height and width choose the nearest aspect ratio and, where `pixels` names none, the budget nearest in area;
+    an explicit schedule replaces both.
+
+    Raises:
+      InputError: the arguments contradict each other or name something that does not exist.
+    """
+    if (height is None) != (width is None):
+        raise InputError("height and width belong together: pass both, or aspect_ratio instead")
+    if height is not None and width is not None:
+        if aspect_ratio is not None:
+            raise InputError("aspect_ratio contradicts height and width: pass one or the other")
+        if height <= 0 or width <= 0:
+            raise InputError(f"height and width must be positive, got {height} and {width}")
+        aspect_ratio = height / width
+    if schedule is not None:
+        return _explicit_geometry(config, schedule, aspect_ratio, rope)
+    ratio = 1.0 if aspect_ratio is None else aspect_ratio
+    if not 0.25 <= ratio <= 4:
+        raise InputError(
+            f"no aspect ratio near {ratio:g} (height / width): choose one from {min(ASPECT_RATIOS)} to "
+            f"{max(ASPECT_RATIOS)}"
+        )
+    if pixels is None:
+        pixels = config.defaults.pixels
+        if height is not None and width is not None:
+            pixels = _nearest_budget(config, ratio, height * width)
+    chosen = scale_schedule(ratio, pixels)
+    size = image_size(config, chosen)
+    if height is not None and size != (height, width):
+        warnings.warn(
+            f"generating {size[0]}x{size[1]} (height x width), the nearest size to {height}x{width}", stacklevel=3
+        )
+    return Geometry(chosen, rope_grid(ratio) if rope is None else _grid(rope))
+
+
+def _explicit_geometry(
+    config: CheckpointConfig,
+    schedule: Sequence[tuple[int, int]],
+    aspect_ratio: float | None,
+    rope: tuple[int, int] | None,
+) -> Geometry:
+    grids = tuple(_grid(pair) for pair in schedule)
+    if not grids or grids[0] != (1, 1):
+        raise InputError("scale_schedule must start with the grid (1, 1), which holds the text's token")
+    if len(grids) > config.transformer.max_scales:
+        raise InputError(
+            f"scale_schedule has {len(grids)} scales but the model knows {config.transformer.max_scales}"
+        )
+    ratio = grids[-1].height / grids[-1].width if aspect_ratio is None else aspect_ratio
+    return Geometry(grids, rope_grid(ratio) if rope is None else _grid(rope))
+
+
+def _grid(pair: tuple[int, int]) -> Grid:
+    grid = Grid(*(int(side) for side in pair))
+    if min(grid) < 1:
+        raise InputError(f"a grid is a pair of positive sides (height, width), got {tuple(pair)}")
+    return grid
+
+
+def _nearest_budget(config: CheckpointConfig, ratio: float, area: int) -> str:
+    def distance(pixels: str) -> float:
+        return abs(math.log(math.prod(image_size(config, scale_schedule(ratio, pixels))) / area))
+
+    return min(PIXEL_BUDGETS, key=distance)
+
+
+def resolve_settings(
+    config: CheckpointConfig,
+    num_scales: int,
+    *,
+    guidance_scale: float | Sequence[float] | None,
+    temperature: float | Sequence[float] | None,
+    top_k: int | Sequence[int] | None,
+    top_p: float | Sequence[float] | None,
+) -> ScaleSettings:
+    """Repeats scalars for every scale and fills in the checkpoint's defaults.
+
+    Raises:
+      InputError: a value is out of range, or a sequence has not one value per scale.
+    """
+    defaults = config.defaults
+
+    def per_scale(name: str, value: Any, default: float) -> tuple[float, ...]:
+        value = default if value is None else value
+        values = np.asarray(value, dtype=np.float64)
+        if values.ndim == 0:
+            values = np.full(num_scales, values)
+        if values.shape != (num_scales,):
+            raise InputError(f"{name} must be one number or {num_scales} of them, one per scale; got {value!r}")
+        if not np.isfinite(values).all():
+            raise InputError(f"{name} must be finite, got {value!r}")
+        return tuple(float(v) for v in values)
+
+    settings = ScaleSettings(
+        guidance_scale=per_scale("guidance_scale", guidance_scale, defaults.guidance_scale),
+        temperature=per_scale("temperature", temperature, defaults.temperature),
+        top_k=tuple(int(v) for v in per_scale("top_k", top_k, defaults.top_k)),
+        top_p=per_scale("top_p", top_p, defaults.top_p),
+    )
+    if min(settings.temperature) <= 0:
+        raise InputError(f"temperature must be above 0, got {temperature!r}: use top_k=1 for greedy sampling")
+    if min(settings.top_k) < 0:
+        raise InputError(f"top_k must be 0 (off) or positive, got {top_k!r}")
+    if not all(0 <= value <= 1 for value in settings.top_p):
+        raise InputError(f"top_p must lie between 0 (off) and 1, got {top_p!r}")
+    return settings
+
+
+def resolve_seeds(seed: int | Sequence[int], num_images: int) -> UInt32[np.ndarray, "batch"]:
+    """One seed per image, uint32: `seed` + i, or those given.
+
+    Raises:
+      InputError: the number of seeds is wrong, or one does not fit 32 bits.
+    """
+    seeds = [seed + i for i in range(num_images)] if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != num_images:
+        raise InputError(f"got {len(seeds)} seeds for {num_images} images: pass one number or one seed per image")
+    if not all(0 <= s < 2**32 for s in seeds):
+        raise InputError(f"seeds must lie between 0 and 2**32 - 1, got {seed!r}")
+    return np.asarray(seeds, dtype=np.uint32)
+
+
+def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: int | None) -> int:
+    """0 for guidance on the logits, else a negative index of a block counted from the end.
+
+    Raises:
+      InputError: there is no such block.
+    """
+    depth = config.transformer.depth
+    if guidance_layer is None:
+        return 0
+    if not -depth < guidance_layer <= 0:
+        raise InputError(
+            f"guidance_layer must be 0 (on the logits) or from {1 - depth} to -1 (after that block, counted from "
+            f"the end), got {guidance_layer}"
+        )
+    return guidance_layer
+
+
+def _per_scale_arrays(name: str, values: Sequence[Any] | None, num_scales: int) -> list[Any]:
+    given = [] if values is None else list(values)
+    if len(given) > num_scales:
+        raise InputError(f"{name} has {len(given)} entries for {num_scales} scales: pass at most one per scale")
+    return given + [None] * (num_scales - len(given))
+
+
+def resolve_forced_bits(
+    forced_bits: Sequence[Any] | None, code_grids: ScaleSchedule, num_images: int, code_dim: int
+) -> tuple[UInt8[np.ndarray, "batch height width code_dim"] | None, ...]:
+    """Bits to go on with, one entry per scale; None leaves a scale free.
+
+    Raises:
+      InputError: an entry has the wrong shape or other values than 0 and 1.
+    """
+    entries = _per_scale_arrays("forced_bits", forced_bits, len(code_grids))
+    resolved: list[np.ndarray | None] = []
+    for scale, (entry, grid) in enumerate(zip(entries, code_grids, strict=True)):
+        if entry is None:
+            resolved.append(None)
+            continue
+        bits = np.asarray(entry)
+        if bits.ndim == 5 and bits.shape[1] == 1:
+            bits = bits[:, 0]
+        shape = (num_images, *grid, code_dim)
+        if bits.shape != shape:
+            raise InputError(f"forced_bits[{scale}] must have the shape {list(shape)}, got {list(bits.shape)}")
+        if not np.isin(bits, (0, 1)).all():
+            raise InputError(f"forced_bits[{scale}] holds other values than 0 and 1")
+        resolved.append(bits.astype(np.uint8))
+    return tuple(resolved)
+
+
+def resolve_draws(
+    draws: Sequence[Any] | None, schedule: ScaleSchedule, num_images: int, token_bits: int
+) -> tuple[Float[np.ndarray, "batch tokens bits 2"] | None, ...]:
+    """Exp(1) draws, one entry per scale; None leaves a scale to its seed.
+
+    Raises:
+      InputError: an entry has the wrong number of values or a negative one.
+    """
+    entries = _per_scale_arrays("sampling_draws", draws, len(schedule))
+    resolved: list[np.ndarray | None] = []
+    for scale, (entry, grid) in enumerate(zip(entries, schedule, strict=True)):
+        if entry is None:
+            resolved.append(None)
+            continue
+        values = np.asarray(entry, dtype=np.float32)
+        shape = (num_images, grid.size, token_bits, 2)
+        if values.size != math.prod(shape):
+            raise InputError(
+                f"sampling_draws[{scale}] must have the shape {list(shape)}, got {list(values.shape)}"
+            )
+        if not (values >= 0).all():
+            raise InputError(f"sampling_draws[{scale}] must hold Exp(1) draws, which are never negative")
+        resolved.append(values.reshape(shape))
+    return tuple(resolved)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises InputError where a value is not one of the choices."""
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raises InputError where a count is below 1."""
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}")
