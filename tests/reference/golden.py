@@ -208,7 +208,7 @@ def assert_matches_bfloat16(run: Run, actual: Mapping[str, np.ndarray], toleranc
     """A stored run with bfloat16 inside against results of a run that its stored bits were fed forward in.
 
     Floats are compared as in `assert_matches`. Rounding may flip bits whose two values are nearly equally likely:
-    1 % may differ. The stored bits must be what the stored logits choose.
+    2 % may differ. The stored bits must be what the stored logits choose.
     """
     bits = take_matching(dict(run.expected), ".bits")
     assert_matches(
@@ -220,7 +220,7 @@ def assert_matches_bfloat16(run: Run, actual: Mapping[str, np.ndarray], toleranc
         guided = guidance * conditional + (1 - guidance) * unconditional
         np.testing.assert_array_equal(guided.argmax(-1), stored.ravel())
         wrong = int((actual[f"{scale}.bits"] != stored).sum())
-        assert wrong <= 0.01 * stored.size, f"{scale}.bits: {wrong} of {stored.size} differ"
+        assert wrong <= 0.02 * stored.size, f"{scale}.bits: {wrong} of {stored.size} differ"
 
 
 def relative_error(computed: np.ndarray, expected: np.ndarray) -> float:
