@@ -1,5 +1,6 @@
 """Rotary positions of the JAX port against every stored array of the official ones."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,5 +34,5 @@ def test_grid_indices_of_every_token():
 def test_rotation_of_queries_and_keys():
     tables = rope.rotation(scale_schedule(1.0)[STORED.scale], rope_grid(1.0), STORED.head_dim, 2)
     for given, expected in ((STORED.query, STORED.expected_query), (STORED.key, STORED.expected_key)):
-        rotated = rope.rotate(given.swapaxes(1, 2), *tables).swapaxes(1, 2)
+        rotated = rope.rotate(jnp.asarray(given).swapaxes(1, 2), *tables).swapaxes(1, 2)
         assert golden.relative_error(rotated, expected) <= golden.TOLERANCE

@@ -249,7 +249,7 @@ def self_correction(
     features: Float[Tensor, "batch bits rows columns"],
     schedule: Sequence[Grid],
     patchify: bool,
-    flips: Sequence[Bool[Tensor, "batch height width bits"]] | None = None,
+    flips: Sequence[Bool[Tensor, "batch _height _width bits"]] | None = None,
 ) -> tuple[Float[Tensor, "batch tokens_after_first token_bits"], list[Tensor]]:
     """Training inputs and labels of the transformer.
 

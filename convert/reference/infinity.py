@@ -42,7 +42,7 @@ class ScaleRecord:
     """Everything computed for one scale."""
 
     block_input: Tensor  # [rows, tokens, channels], level embedding added
-    block_outputs: list[Tensor]  # [rows, tokens, channels] each
+    block_outputs: list[Tensor]  # [rows, tokens, channels] each, as the next block gets them
     logits_raw: Tensor  # [rows, tokens, 2 * token_bits], before temperature and guidance
     logits: Tensor  # [batch, tokens * token_bits, 2], after both
     probabilities: Tensor  # [batch, tokens * token_bits, 2], after the filters
@@ -260,7 +260,7 @@ class Infinity(nn.Module):
         """The blocks in the order in which they run."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
-    def encode_text(self, text_features: Sequence[Float[Tensor, "tokens text_channels"]]) -> Text:
+    def encode_text(self, text_features: Sequence[Float[Tensor, "_tokens text_channels"]]) -> Text:
         """The text path (section 3.4), one row for each entry."""
         normed = [self.text_norm(features) for features in text_features]
         condition = self.text_proj_for_sos["ca"](normed)
@@ -288,7 +288,7 @@ class Infinity(nn.Module):
     @torch.no_grad()
     def teacher_forcing(
         self,
-        text_features: Sequence[Float[Tensor, "text_tokens text_channels"]],
+        text_features: Sequence[Float[Tensor, "_tokens text_channels"]],
         latents: Float[Tensor, "batch tokens_after_first token_bits"],
         *,
         schedule: Sequence[Grid],
@@ -318,7 +318,7 @@ class Infinity(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        text_features: Sequence[Float[Tensor, "text_tokens text_channels"]],
+        text_features: Sequence[Float[Tensor, "_tokens text_channels"]],
         *,
         schedule: Sequence[Grid],
         rope_grid: Grid,
@@ -326,7 +326,7 @@ class Infinity(nn.Module):
         temperature: Sequence[float],
         top_k: int = 0,
         top_p: float = 0.0,
-        negative_text_features: Sequence[Float[Tensor, "negative_tokens text_channels"]] | None = None,
+        negative_text_features: Sequence[Float[Tensor, "_tokens text_channels"]] | None = None,
         guidance_layer: int | None = None,
         draws: Sequence[Tensor] | None = None,
         forced_bits: Sequence[Tensor] | None = None,
@@ -369,9 +369,9 @@ class Infinity(nn.Module):
                 if self._repeats_level_embedding(layer):
                     x = x + level_embedding
                 x, cache[layer] = block(x, text, rotation, cache[layer])
-                outputs.append(x)
                 if guidance != 1 and guidance_layer is not None and layer == self.config.depth + guidance_layer:
                     x = _guide(x, guidance).repeat(2, 1, 1)
+                outputs.append(x)
             if guidance != 1 and guidance_layer is None:
                 logits_raw = self.logits(x, text.condition)
                 logits = _guide(logits_raw / temperature[index], guidance)

@@ -2,7 +2,7 @@
 
 import math
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,7 +35,7 @@ def draw(
     return (probabilities / exponential_draws).argmax(dim=-1)
 
 
-def bits_to_codes(bits: Int[Tensor, "batch height width bits"]) -> Float[Tensor, "batch bits height width"]:
+def bits_to_codes(bits: Shaped[Tensor, "batch height width bits"]) -> Float[Tensor, "batch bits height width"]:
     """Bits as +-1/sqrt(bits) on the tokenizer grid, so that every code has length 1."""
     signs = 2 * bits.float() - 1
     return functional.normalize(signs / math.sqrt(bits.shape[-1]), dim=-1).permute(0, 3, 1, 2)
