@@ -6,7 +6,7 @@ Source: docs/spec/infinity.md, sections 1 and 6 (the published Infinity code).
 """
 
 import dataclasses
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from toprovar_jax.errors import InputError
 
@@ -182,7 +182,7 @@ class CheckpointConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls, data: dict[str, Any]) -> "CheckpointConfig":
         """Rebuilds a configuration.
 
         Raises:
@@ -192,7 +192,8 @@ class CheckpointConfig:
             text_encoder = data.get("text_encoder")
             return cls(
                 transformer=InfinityConfig(**data["transformer"]),
-                vae=VAEConfig(**data["vae"]),
+                # JSON has no tuples.
+                vae=VAEConfig(**{**data["vae"], "channel_multipliers": tuple(data["vae"]["channel_multipliers"])}),
                 text_encoder=None if text_encoder is None else T5Config(**text_encoder),
                 defaults=GenerationDefaults(**data["defaults"]),
             )

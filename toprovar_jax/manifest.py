@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from toprovar_jax import atomic_folder
 from toprovar_jax.config import CheckpointConfig, ConfigError
@@ -30,7 +30,7 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path, name: str | None = None) -> Self:
+    def of(cls, path: Path, name: str | None = None) -> "FileRecord":
         """Reads a file once; its record is under `name`, by default the file's own name."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -68,7 +68,7 @@ class Manifest:
         return {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_text(cls, text: str) -> Self:
+    def from_text(cls, text: str) -> "Manifest":
         """Rebuilds a manifest.
 
         Raises:
