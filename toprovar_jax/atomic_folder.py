@@ -41,7 +41,9 @@ def check_target(target: Path, *, marker: str, overwrite: bool) -> None:
         parent = next(parent for parent in target.absolute().parents if parent.exists())
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}; choose another folder") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise InputError(f"cannot write {target}: {parent} is a file; choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {target}: no permission to write in {parent}; choose another folder")
 
 
@@ -70,10 +72,10 @@ def write_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}; choose another folder") from error
     with _locked(partial, target):
-        _recover(target, replaced)
-        check_target(target, marker=marker, overwrite=overwrite)
-        _clear(partial)
         try:
+            _recover(target, replaced)
+            check_target(target, marker=marker, overwrite=overwrite)
+            _clear(partial)
             yield partial
             _sync_tree(partial)
             _move_into_place(partial, target, replaced)
