@@ -125,8 +125,9 @@ def caption_logits(
     cast = cast_like(parameters, skeletons(config, config.dtype))
     transformer = bind(Infinity, model.transformer, config.dtype, cast["transformer"])
     text_encoder = bind(T5Encoder, model.text_encoder, config.dtype, cast["text_encoder"])
+    tokens = jnp.asarray(tokens, jnp.int32)
     mask = tokens != 0
-    features = text_encoder(tokens.astype(jnp.int32), mask)
+    features = text_encoder(tokens, mask)
     dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (tokens.shape[0], 1, 1))
     features = jnp.where(dropped, transformer.unconditional_text(tokens.shape[1]), features)
 

@@ -123,7 +123,7 @@ def make_step(config: StageConfig, loss: Callable[[PyTree], Loss]) -> jax.stages
         (value, numbers), gradients = jax.value_and_grad(loss(constants), has_aux=True)(
             state.parameters, batch, loss_key
         )
-        norm = optax.global_norm(gradients)
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(gradients)))
         # A batch whose gradient is not finite loses its update, no more.
         gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, 0), gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
