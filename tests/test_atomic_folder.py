@@ -123,7 +123,7 @@ def test_a_replacement_cut_after_its_renames_is_completed(tmp_path):
 def test_a_second_writer_is_refused(tmp_path):
     with write_folder(tmp_path / "out", marker=MARKER, overwrite=False) as folder:
         (folder / MARKER).write_text("first")
-        with pytest.raises(InputError, match="another process is writing .*out: wait until it has finished"):
+        with pytest.raises(InputError, match=r"another process is writing .*out: wait until it has finished"):
             write(tmp_path / "out", "second")
     assert (tmp_path / "out" / MARKER).read_text() == "first"
 
@@ -149,6 +149,6 @@ def test_targets_that_must_not_be_replaced(tmp_path):
 
 
 def test_an_unwritable_place_is_noticed_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(InputError, match="no permission to write in .*; choose another folder"):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"no permission to write in .*; choose another folder"):
         check_target(tmp_path / "a" / "b", marker=MARKER, overwrite=False)

@@ -155,14 +155,14 @@ def test_any_changed_byte_of_the_manifest_is_noticed(original):
     assert Manifest.from_text(text).to_text() == text
     for position in range(0, len(text), 3):
         changed = text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :]
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"."):
             Manifest.from_text(changed)
 
 
 def test_a_manifest_with_a_matching_digest_but_other_text_is_refused(copy):
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(json.dumps(json.loads(text)))
-    with pytest.raises(CheckpointError, match="manifest.json is not as it was written"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is not as it was written"):
         load_manifest(copy)
 
 
@@ -212,7 +212,7 @@ def test_parameters_that_do_not_fit_are_listed(tmp_path):
     leaves["extra"] = np.zeros(1, np.float32)
     parameters["transformer"] = checkpoint.unflatten(leaves)
     with pytest.raises(
-        CheckpointError, match="transformer parameters .*: blocks/1/modulation, extra, head/kernel"
+        CheckpointError, match=r"transformer parameters .*: blocks/1/modulation, extra, head/kernel"
     ):
         checkpoint.save(tmp_path / "out", WITHOUT_TEXT, parameters, dtype="float32")
     with pytest.raises(CheckpointError, match="parameters of transformer, vae, text_encoder are needed"):
@@ -220,7 +220,7 @@ def test_parameters_that_do_not_fit_are_listed(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_existing_folders_are_replaced_on_request_only(original, copy):
+def test_existing_folders_are_replaced_on_request_only(copy):
     old = load_manifest(copy)
     other = random_parameters(CONFIG, seed=1)
     with pytest.raises(InputError, match="exists already: choose another folder or pass --overwrite"):
@@ -250,7 +250,7 @@ def test_a_failure_while_writing_keeps_the_old_checkpoint(copy, monkeypatch):
 
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     with pytest.raises(CheckpointError, match=r"needs up to 0\.\d GB but only 0\.0 GB are free: make room"):
         checkpoint.save(tmp_path / "out", CONFIG, PARAMETERS, dtype="float32")
     assert os.listdir(tmp_path) == []
