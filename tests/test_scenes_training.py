@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ import pytest
 from bench.scenes import (
     dataset,
     render,
+    stages,
     tokenizer,
-    train,
     train_detector,
     train_transformer,
     train_vae,
@@ -28,7 +27,7 @@ from toprovar_jax.models.infinity import attend_scale_by_scale
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.schedule import Grid
 
-CONFIGS = pathlib.Path(train.__file__).parent / "configs"
+CONFIGS = training.EMBEDDED_CONFIG.parent
 SETTINGS = StageConfig(batch_size=4, learning_rate=0.05, warmup_steps=16)
 
 
@@ -130,17 +129,17 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
 def test_the_transformer_does_not_train_before_the_tokenizer_passed(tmp_path):
     config = training.load_config(CONFIGS / "tiny.json")
     atlas = render.Atlas(*(jax.ShapeDtypeStruct((1,), jnp.uint8) for _ in range(3)))
-    stage = train.define_stage("transformer", config, tmp_path, atlas)
+    stage = stages.define_stage("transformer", config, tmp_path, atlas)
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
-        train.load_constants("transformer", tmp_path, stage)
+        stages.load_constants("transformer", tmp_path, stage)
     (tmp_path / "vae.json").write_text('{"passed": false}')
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
-        train.load_constants("transformer", tmp_path, stage)
+        stages.load_constants("transformer", tmp_path, stage)
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
     with pytest.raises(InputError, match="unknown stage 'gan': choose from detector, vae, prefix, transformer"):
-        train.define_stage("gan", training.load_config(CONFIGS / "tiny.json"), tmp_path, None)
+        stages.define_stage("gan", training.load_config(CONFIGS / "tiny.json"), tmp_path, None)
 
 
 def test_the_embedded_model_fits_what_may_ship():

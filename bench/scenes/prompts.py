@@ -38,13 +38,13 @@ class Prompt:
         return world.layout(random.Random(self.text), self.scene)
 
 
-def load_prompts(name: PromptFile) -> tuple[Prompt, ...]:
-    """The prompts of a committed file, in its order."""
+def load_prompts(name: str) -> tuple[Prompt, ...]:
+    """The prompts of a committed file, "evaluation" or "tuning", in its order."""
     lines = prompt_path(name).read_text().splitlines()
     return tuple(_from_json(json.loads(line)) for line in lines)
 
 
-def prompt_path(name: PromptFile) -> pathlib.Path:
+def prompt_path(name: str) -> pathlib.Path:
     """Where a prompt file is."""
     return _FOLDER / f"{name}.jsonl"
 

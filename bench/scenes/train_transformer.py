@@ -13,10 +13,10 @@ from bench.scenes import render
 from bench.scenes.dataset import SceneBatch
 from bench.scenes.train_detector import cast_like
 from bench.scenes.train_vae import schedule_of
-from bench.scenes.training import Loss, TrainingConfig
+from bench.scenes.training import Loss, TrainingConfig, fresh_parameters
 from toprovar_jax.models.bsq_vae import BSQVAE, SelfCorrection, self_correction_inputs
 from toprovar_jax.models.infinity import Attend, Infinity, KeyValue
-from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind, random_parameters
+from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
 from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.schedule import ScaleSchedule, rope_grid
 
@@ -38,7 +38,7 @@ def initial_parameters(config: TrainingConfig) -> Parameters:
     small, and the inputs of the first block at comparable size.
     """
     model = config.model
-    transformer: dict[str, Any] = random_parameters(Infinity, model.transformer, jnp.float32, seed=1)
+    transformer: dict[str, Any] = fresh_parameters(Infinity, model.transformer, seed=1)
     branch = (2 * model.transformer.depth) ** -0.5
     for block in transformer["blocks"].values():
         block["modulation"] = block["modulation"].at[:2].add(0.5)
@@ -49,7 +49,7 @@ def initial_parameters(config: TrainingConfig) -> Parameters:
     transformer["word_embedding"]["kernel"] *= 3.0
     for name in ("unconditional_features", "level_embedding"):
         transformer[name] *= 5.0
-    text_encoder: dict[str, Any] = random_parameters(T5Encoder, model.text_encoder, jnp.float32, seed=2)
+    text_encoder: dict[str, Any] = fresh_parameters(T5Encoder, model.text_encoder, seed=2)
     text_encoder["relative_attention_bias"] *= 0.1
     for block in text_encoder["blocks"].values():
         block["attention"]["output"]["kernel"] *= 0.5

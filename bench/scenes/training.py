@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
+from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bench.scenes.dataset import SceneBatch
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.models.skeleton import Parameters
 
+EMBEDDED_CONFIG = pathlib.Path(__file__).parent / "configs" / "embedded.json"
 _LOG_SECONDS = 15.0
 _STEPS_IN_FLIGHT = 8  # the clock is read when so many steps are done
 
@@ -96,6 +98,16 @@ class TrainState(NamedTuple):
 # (parameters, scenes of a step, key) -> loss and the numbers to log
 Loss = Callable[[Parameters, SceneBatch, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Array]]]
 Step = Callable[[TrainState, PyTree, SceneBatch, Key[Array, ""], float], tuple[TrainState, dict[str, Array]]]
+
+
+def fresh_parameters(model: Callable[..., nnx.Module], config: Any, seed: int) -> Parameters:
+    """A model's float32 parameters as its own initialisers draw them."""
+
+    @jax.jit
+    def initialize() -> Parameters:
+        return nnx.to_pure_dict(nnx.state(model(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))))
+
+    return initialize()
 
 
 def initial_state(config: StageConfig, parameters: Parameters) -> TrainState:
