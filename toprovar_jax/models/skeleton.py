@@ -5,13 +5,14 @@ pure function, for as long as that function is traced.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import DTypeLike, PyTree
+from jaxtyping import Array, DTypeLike, PyTree
 
 Parameters = PyTree  # nested dictionaries, list items keyed by integers, leaves jax arrays
 
@@ -45,10 +46,29 @@ def bind(model: Callable[..., nnx.Module], config: Any, dtype: DTypeLike, parame
 def random_parameters(
     model: Callable[..., nnx.Module], config: Any, dtype: DTypeLike, seed: int = 0
 ) -> Parameters:
-    """Freshly initialised parameters, made on the device by one compiled program."""
+    """Random parameters in seconds for models of any size, for tests and benchmarks.
 
-    @jax.jit
-    def initialize() -> Parameters:
-        return nnx.to_pure_dict(nnx.state(model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))))
+    Kernels have variance 1 / fan-in, norms are neutral, biases zero. Training starts from the modules' own
+    initialisers instead; those compile or run one operation after the other for minutes at billions of parameters.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_parameters(model, config, dtype))
+    root = jax.random.key(seed)
 
-    return initialize()
+    def initialize(index: int, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        if name == "scale":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "log_scale":
+            return jnp.full(leaf.shape, jnp.log(4.0), leaf.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        deviation = math.prod(leaf.shape[:-1]) ** -0.5 if name == "kernel" else 0.02
+        return _scaled_normal(jax.random.fold_in(root, index), deviation, leaf.shape, leaf.dtype)
+
+    return jax.tree.unflatten(
+        structure, [initialize(index, path[-1].key, leaf) for index, (path, leaf) in enumerate(leaves)]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _scaled_normal(key: Array, deviation: float, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    return (jax.random.normal(key, shape) * deviation).astype(dtype)

@@ -1,0 +1,133 @@
+"""How far bfloat16 strays from float32 at full size: python -m bench.precision --model infinity_2b
+
+Random weights at the real size generate an image in bfloat16; the same weights and bits run through the float32
+model, and every scale's logits are compared. It also shows that the full size generates at all.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Float
+
+from bench import report
+from toprovar_jax import command_line
+from toprovar_jax.config import (
+    ARCHITECTURES,
+    VAE_STRIDE_8,
+    VAE_STRIDE_16,
+    CheckpointConfig,
+    GenerationDefaults,
+    VAEConfig,
+)
+from toprovar_jax.errors import InputError
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.skeleton import Parameters, random_parameters
+from toprovar_jax.output import PipelineOutput
+from toprovar_jax.pipeline import InfinityPipeline
+
+TOLERANCE = 0.01  # relative root-mean-square difference of the logits of any scale
+TEXT_TOKENS = 20
+
+_MODEL = flags.DEFINE_enum("model", "infinity_2b", list(ARCHITECTURES), "Architecture.")
+_PIXELS = flags.DEFINE_string("pixels", "1M", "Pixel budget.")
+_RUNS = flags.DEFINE_integer("runs", 3, "Timed bfloat16 runs after the first.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", str(report.RESULTS), "Folder for the JSON.")
+
+
+def full_size_config(model: str) -> CheckpointConfig:
+    """A release-like checkpoint configuration of an architecture, without text encoder."""
+    transformer = ARCHITECTURES[model]
+    levels = VAE_STRIDE_8 if transformer.patchify else VAE_STRIDE_16
+    vae = VAEConfig(code_dim=transformer.code_dim, channel_multipliers=levels)
+    return CheckpointConfig(transformer, vae, defaults=GenerationDefaults(guidance_scale=4.0, temperature=0.5))
+
+
+def relative_difference(value: Float[np.ndarray, "*shape"], reference: Float[np.ndarray, "*shape"]) -> float:
+    """Root-mean-square difference over the reference's root mean square."""
+    difference = np.asarray(value, np.float64) - reference
+    return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(reference, np.float64)))
+
+
+def main() -> None:
+    """Generates in bfloat16, repeats in float32 with the same bits, prints a row per scale, writes JSON."""
+    config = full_size_config(_MODEL.value)
+    params = {
+        "transformer": random_parameters(Infinity, config.transformer, jnp.bfloat16),
+        "vae": random_parameters(BSQVAE, config.vae, jnp.bfloat16),
+    }
+    features = np.random.default_rng(0).standard_normal((TEXT_TOKENS, config.transformer.text_channels))
+    pipe = InfinityPipeline(config, params, dtype="bfloat16")
+
+    def generate(pipe: InfinityPipeline, **arguments: object) -> PipelineOutput:
+        return pipe(
+            text_features=[features.astype(np.float32)],
+            pixels=_PIXELS.value,
+            output_type="np",
+            trace=True,
+            **arguments,  # type: ignore[arg-type]
+        )
+
+    first = generate(pipe)
+    warm = [generate(pipe) for _ in range(_RUNS.value)]
+    for output in warm:
+        np.testing.assert_array_equal(output.images, first.images, "the same seed must give the same image")
+    images = np.asarray(first.images)
+    print(f"bfloat16 image {images.shape}, mean {images.mean():.1f}, deviation {images.std():.1f}")
+    if images.std() == 0:
+        raise InputError("the image is flat: the weights' scale does not suit this architecture")
+
+    exact = InfinityPipeline(config, _as_float32(params), dtype="float32")
+    reference = generate(exact, forced_bits=first.bits)
+    assert first.trace is not None
+    assert reference.trace is not None
+    rows: list[dict[str, Any]] = []
+    for scale, (low, high) in enumerate(zip(first.trace.scales, reference.trace.scales, strict=True)):
+        row = {
+            "scale": scale,
+            "relative_difference": relative_difference(low.logits_raw, high.logits_raw),
+            "max_difference": float(np.abs(low.logits_raw - high.logits_raw).max()),
+            "logits_deviation": float(high.logits_raw.std()),
+            "changed_bits": float(np.mean(low.bits != high.bits)),
+            "bfloat16_ms": [1e3 * output.timings.scales[scale] for output in warm],
+        }
+        rows.append(row)
+        print(
+            f"scale {scale:2d}: relative {row['relative_difference']:.4f}  max {row['max_difference']:.4f}  "
+            f"logits {row['logits_deviation']:.3f}  changed bits {row['changed_bits']:.4f}  "
+            f"{statistics.median(row['bfloat16_ms']):.1f} ms"
+        )
+    totals = [1e3 * output.timings.total for output in warm]
+    pixels_apart = np.abs(images.astype(int) - np.asarray(reference.images).astype(int))
+    path = report.write(
+        f"precision_{_MODEL.value}",
+        {
+            "model": _MODEL.value,
+            "pixels": _PIXELS.value,
+            "tolerance": TOLERANCE,
+            "compile_s": first.timings.compile,
+            "float32_compile_s": reference.timings.compile,
+            "total_ms": {"median": statistics.median(totals), "min": min(totals), "max": max(totals)},
+            "image_levels_apart": {"mean": float(pixels_apart.mean()), "max": int(pixels_apart.max())},
+            "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+            "scales": rows,
+        },
+        Path(_OUT.value),
+    )
+    worst = max(row["relative_difference"] for row in rows)
+    print(f"compile {first.timings.compile:.1f} s, warm total {statistics.median(totals):.0f} ms, wrote {path}")
+    if not worst <= TOLERANCE:
+        raise InputError(f"bfloat16 differs by {worst:.4f} from float32, more than the tolerance {TOLERANCE}")
+
+
+def _as_float32(params: dict[str, Parameters]) -> dict[str, Parameters]:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
