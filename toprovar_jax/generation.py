@@ -50,8 +50,8 @@ class Batch:
     negative: TextBatch | None
     settings: ScaleSettings
     seeds: UInt32[np.ndarray, "batch"]
-    forced_bits: tuple[UInt8[np.ndarray, "batch height width code_dim"] | None, ...]
-    draws: tuple[Float[np.ndarray, "batch tokens bits 2"] | None, ...]
+    forced_bits: tuple[UInt8[np.ndarray, "batch _height _width code_dim"] | None, ...]
+    draws: tuple[Float[np.ndarray, "batch _tokens bits 2"] | None, ...]
     trace: bool
     decode: bool
 

@@ -64,6 +64,6 @@ class PipelineOutput:
     """
 
     images: list[Image.Image] | np.ndarray
-    bits: tuple[UInt8[np.ndarray, "batch height width code_dim"], ...]
+    bits: tuple[UInt8[np.ndarray, "batch _height _width code_dim"], ...]
     timings: Timings
     trace: Trace | None

@@ -154,7 +154,7 @@ def resolve_settings(
     """
     defaults = config.defaults
 
-    def per_scale(name: str, value: Any, default: float) -> tuple[float, ...]:
+    def per_scale(name: str, value: Any, default: float | int) -> tuple[float, ...]:
         value = default if value is None else value
         values = np.asarray(value, dtype=np.float64)
         if values.ndim == 0:
@@ -220,7 +220,7 @@ def _per_scale_arrays(name: str, values: Sequence[Any] | None, num_scales: int) 
 
 def resolve_forced_bits(
     forced_bits: Sequence[Any] | None, code_grids: ScaleSchedule, num_images: int, code_dim: int
-) -> tuple[UInt8[np.ndarray, "batch height width code_dim"] | None, ...]:
+) -> tuple[UInt8[np.ndarray, "batch _height _width code_dim"] | None, ...]:
     """Bits to go on with, one entry per scale; None leaves a scale free.
 
     Raises:
@@ -246,7 +246,7 @@ def resolve_forced_bits(
 
 def resolve_draws(
     draws: Sequence[Any] | None, schedule: ScaleSchedule, num_images: int, token_bits: int
-) -> tuple[Float[np.ndarray, "batch tokens bits 2"] | None, ...]:
+) -> tuple[Float[np.ndarray, "batch _tokens bits 2"] | None, ...]:
     """Exp(1) draws, one entry per scale; None leaves a scale to its seed.
 
     Raises:

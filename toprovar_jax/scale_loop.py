@@ -246,7 +246,7 @@ def sample(
     settings: tuple[SamplingSettings, ...],
     *,
     loop: LoopConfig,
-) -> tuple[Float[Array, "batch height width code_dim"], tuple[UInt8[Array, "batch height width code_dim"], ...]]:
+) -> tuple[Float[Array, "batch height width code_dim"], tuple[UInt8[Array, "batch _height _width code_dim"], ...]]:
     """Generates the code maps of a batch: every scale in turn, without leaving the program.
 
     Args:

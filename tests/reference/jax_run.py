@@ -14,9 +14,6 @@ from toprovar_jax.models.skeleton import bind
 from toprovar_jax.resize import resize_bilinear
 from toprovar_jax.scale_loop import LoopConfig, SamplingSettings
 
-# Every level computes the same; this one generates code in half the time, which is all that these tests spend.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def run_jax(run: Run, dtype: str = "float32", forced_bits: list[np.ndarray] | None = None) -> Arrays:
     """Every array of a run that a golden file may hold, under its key."""
@@ -80,7 +77,7 @@ def _compact(text: dict[str, jax.Array], lengths: list[int]) -> Arrays:
     return results
 
 
-@functools.partial(_jit, static_argnames="loop")
+@functools.partial(jax.jit, static_argnames="loop")
 def _text(params, features, lengths, negative_features=None, negative_lengths=None, *, loop):
     context = scale_loop.encode_context(params, features, lengths, negative_features, negative_lengths, loop=loop)
     model: Infinity = bind(Infinity, loop.transformer, loop.dtype, params)
@@ -99,7 +96,7 @@ def _text(params, features, lengths, negative_features=None, negative_lengths=No
     }
 
 
-@functools.partial(_jit, static_argnames=("loop", "scale", "guides_logits"))
+@functools.partial(jax.jit, static_argnames=("loop", "scale", "guides_logits"))
 def _scale(params, state, context, keys, settings, forced_bits, draws, *, loop, scale, guides_logits):
     state, output = scale_loop.scale_step(
         params, state, context, keys, settings, forced_bits, draws, loop=loop, scale=scale, record="activations"
