@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,13 @@ def test_the_transformer_does_not_train_before_the_tokenizer_passed(tmp_path):
     (tmp_path / "vae.json").write_text('{"passed": false}')
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
         stages.load_constants("transformer", tmp_path, stage)
+
+
+def test_the_command_wants_seconds_for_every_stage(tmp_path):
+    command = [sys.executable, "-m", "bench.scenes.train", f"--workdir={tmp_path}"]
+    run = subprocess.run([*command, "--stages=vae", "--seconds=1,2"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == "error: --stages names 1 stages but --seconds has 2 numbers\n"
 
 
 def test_an_unknown_stage_is_refused(tmp_path):

@@ -23,6 +23,7 @@ from bench.scenes.detector import Detection
 from bench.scenes.prompts import Prompt
 from bench.scenes.world import Relation, Scene
 from toprovar_jax import command_line
+from toprovar_jax.errors import InputError
 from toprovar_jax.models.skeleton import Parameters
 
 ACCURACY_PATH = pathlib.Path(__file__).parent / "detector_accuracy.json"
@@ -157,11 +158,11 @@ def load_accuracy() -> dict[str, Score]:
     """The detector's own scores on ground truth.
 
     Raises:
-      ValueError: they were measured with other weights or prompts than the committed ones.
+      InputError: they were measured with other weights or prompts than the committed ones.
     """
     data = json.loads(ACCURACY_PATH.read_text())
     if data["fingerprint"] != fingerprint():
-        raise ValueError(
+        raise InputError(
             f"{ACCURACY_PATH} was measured with another detector or other prompts: "
             "measure again with `python -m bench.scenes.score`"
         )
