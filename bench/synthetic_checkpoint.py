@@ -28,6 +28,7 @@ _WORDS = (
 _PUNCTUATION = string.ascii_letters + string.digits + string.punctuation
 _PIECES = ["<pad>", "</s>", "<unk>", "▁", *_PUNCTUATION, *(f"▁{word}" for word in _WORDS.split())]
 
+VOCABULARY = 128 * math.ceil(len(_PIECES) / 128)  # more rows than pieces, as published files have
 _TEXT_ENCODER = T5Config(
     vocab_size=128 * math.ceil(len(_PIECES) / 128),
     embed_dim=256,
@@ -140,15 +141,15 @@ def tokenizer() -> tokenizers.Tokenizer:
     return result
 
 
-def write(folder: Path, preset: str, *, overwrite: bool = False) -> None:
-    """Writes the files of a preset.
+def write(folder: Path, config: CheckpointConfig, *, overwrite: bool = False) -> None:
+    """Writes the files of a model with a text encoder.
 
     Raises:
       InputError: the folder exists and `overwrite` is not set, or cannot be written.
     """
-    config = PRESETS[preset]
     text = config.text_encoder
-    assert text is not None
+    if text is None:
+        raise ValueError("the configuration has no text encoder")
     with atomic_folder.write_folder(folder, marker="transformer.pth", overwrite=overwrite) as partial:
         torch.save(transformer_tensors(config.transformer, seed=0), partial / "transformer.pth")
         torch.save({"vae": vae_tensors(config.vae, seed=1)}, partial / "vae.pth")
@@ -174,7 +175,7 @@ def write(folder: Path, preset: str, *, overwrite: bool = False) -> None:
 
 
 def _main() -> None:
-    write(Path(flags.FLAGS.out), flags.FLAGS.preset, overwrite=flags.FLAGS.overwrite)
+    write(Path(flags.FLAGS.out), PRESETS[flags.FLAGS.preset], overwrite=flags.FLAGS.overwrite)
     print(f"wrote {flags.FLAGS.out}")
 
 

@@ -67,7 +67,7 @@ def with_alias(weights: Weights, alias: str, name: str) -> Weights:
 
 
 def _refuse(weights: Weights, lists: Mapping[str, list[str]], remedy: str) -> None:
-    if found := [f"{len(names)} {what}: {', '.join(names)}" for what, names in lists.items() if names]:
+    if found := [f"{len(names)} {what}: {', '.join(sorted(names))}" for what, names in lists.items() if names]:
         raise InputError(f"{weights.path} does not fit ({'; '.join(found)}): {remedy}")
 
 

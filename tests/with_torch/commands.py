@@ -1,0 +1,105 @@
+"""Runs commands of the project as a user would, without paying for the imports each time.
+
+A helper process imports the converter once and forks for each command: the fork runs the module as `python -m`
+does, with its own arguments, output and exit code, and can be killed without harm.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a command did; a negative code is the signal that ended it."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+class Commands:
+    """The helper process."""
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+
+    def run(
+        self, *argv: object, signal_after: float | None = None, signal_number: int = signal.SIGKILL
+    ) -> Outcome:
+        """Runs a module with arguments; sends it a signal after some seconds if asked to."""
+        request = {"argv": [str(part) for part in argv], "after": signal_after, "signal": int(signal_number)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the helper process has ended"
+        return Outcome(**json.loads(answer))
+
+
+@contextlib.contextmanager
+def start() -> Iterator[Commands]:
+    """Starts the helper process."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.with_torch.commands"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield Commands(process)
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+def _run_forked(argv: list[str], after: float | None, signal_number: int, folder: Path) -> Outcome:
+    paths = [folder / "stdout", folder / "stderr"]
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for descriptor, path in zip((1, 2), paths, strict=True):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            sys.argv = argv
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as exit_request:
+            code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal_number)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seconds = time.monotonic() - started
+    return Outcome(code, *(path.read_text() if path.exists() else "" for path in paths), seconds)
+
+
+def _serve() -> None:
+    import convert.check
+    import convert.conversion  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        for line in sys.stdin:
+            request = json.loads(line)
+            outcome = _run_forked(request["argv"], request["after"], request["signal"], Path(folder))
+            print(json.dumps(dataclasses.asdict(outcome)), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,539 @@
+"""Published files -> our parameters: every layout is read, every misfit is named."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from bench import synthetic_checkpoint
+from convert import architecture, conversion, names
+from convert.readers import Weights, read_weights
+from convert.reference import bsq_vae, infinity
+from tests.reference.parameters import infinity_parameters, vae_parameters
+from toprovar_jax import checkpoint
+from toprovar_jax.config import (
+    ARCHITECTURES,
+    VAE_STRIDE_8,
+    VAE_STRIDE_16,
+    CheckpointConfig,
+    ConfigError,
+    InfinityConfig,
+    T5Config,
+    VAEConfig,
+)
+from toprovar_jax.errors import InputError
+
+CONFIG = CheckpointConfig(
+    transformer=InfinityConfig(
+        depth=4,
+        embed_dim=32,
+        num_heads=4,
+        mlp_dim=64,
+        code_dim=6,
+        num_chunks=2,
+        text_channels=128,
+        text_max_length=9,
+    ),
+    vae=VAEConfig(code_dim=6, base_channels=32, channel_multipliers=(1, 2, 2)),
+    text_encoder=T5Config(
+        vocab_size=synthetic_checkpoint.VOCABULARY,
+        embed_dim=128,
+        num_layers=2,
+        num_heads=2,
+        head_dim=24,
+        mlp_dim=40,
+        num_buckets=16,
+        max_distance=64,
+    ),
+)
+TRANSFORMER = synthetic_checkpoint.transformer_tensors(CONFIG.transformer)
+VAE = synthetic_checkpoint.vae_tensors(CONFIG.vae)
+TEXT_ENCODER = synthetic_checkpoint.text_encoder_tensors(CONFIG.text_encoder)
+
+
+def weights(tensors, path):
+    return Weights(Path(path), (), tensors)
+
+
+def map_infinity(found):
+    """Parameters by path, with the configuration that the file tells."""
+    transformer = architecture.infinity_config(found, CONFIG.vae, rope_mode=2, level_embedding_per_chunk=False)
+    config = dataclasses.replace(CONFIG, transformer=transformer)
+    return checkpoint.flatten(conversion.map_parameters(found, config, "transformer"))
+
+
+def map_vae(found):
+    config = dataclasses.replace(CONFIG, vae=architecture.vae_config(found))
+    return checkpoint.flatten(conversion.map_parameters(found, config, "vae"))
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(actual[path]), np.asarray(value), err_msg=path)
+
+
+EXPECTED_TRANSFORMER = checkpoint.flatten(
+    infinity_parameters(CONFIG.transformer, "float32", {name: x.numpy() for name, x in TRANSFORMER.items()})
+)
+EXPECTED_VAE = checkpoint.flatten(
+    vae_parameters(CONFIG.vae, "float32", {name: x.numpy() for name, x in VAE.items()})
+)
+
+
+# The tables against the specification, through the reference modules that are written from it.
+
+
+def meta_tensors(module, config):
+    with torch.device("meta"):
+        return dict(module(config).state_dict())
+
+
+def assert_bijection(table, tensors, shapes):
+    """Every needed tensor has its official name and shape, every path of ours is filled once."""
+    needed = {
+        name: tuple(x.shape) for name, x in tensors.items() if not name.endswith(("zero_k_bias", "lfq.mask"))
+    }
+    assert {name: entry.shape for name, entry in table.items()} == needed
+    assert sorted(entry.path for entry in table.values()) == sorted(shapes)
+
+
+def shapes_of(config, component):
+    skeleton = checkpoint.skeleton(config, component, "bfloat16")
+    return {path: leaf.shape for path, leaf in checkpoint.flatten(skeleton).items()}
+
+
+@pytest.mark.parametrize(("name", "entries"), [("infinity_2b", 694), ("infinity_8b", 862)])
+def test_the_transformer_table_is_a_bijection_onto_the_released_files(name, entries):
+    transformer = ARCHITECTURES[name]
+    vae = VAEConfig(code_dim=transformer.code_dim)
+    tensors = meta_tensors(infinity.Infinity, transformer)
+    assert len(tensors) == entries
+    found = weights(tensors, name)
+    table = conversion.official_names(found, CheckpointConfig(transformer, vae), "transformer")
+    assert_bijection(table, tensors, shapes_of(CheckpointConfig(transformer, vae), "transformer"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_architecture_of_every_release_is_read_off_its_tensors(name):
+    transformer = ARCHITECTURES[name]
+    found = weights(meta_tensors(infinity.Infinity, transformer), name)
+    architecture.check_kind(found, "transformer", "--transformer")
+    read = architecture.infinity_config(
+        found, VAEConfig(code_dim=transformer.code_dim), rope_mode=2, level_embedding_per_chunk=False
+    )
+    assert read == transformer
+
+
+@pytest.mark.parametrize(
+    ("code_dim", "multipliers", "entries"), [(32, VAE_STRIDE_16, 270), (14, VAE_STRIDE_8, 226)]
+)
+def test_the_vae_table_is_a_bijection_onto_both_spellings(code_dim, multipliers, entries):
+    config = CheckpointConfig(
+        dataclasses.replace(CONFIG.transformer, code_dim=code_dim),
+        VAEConfig(code_dim=code_dim, channel_multipliers=multipliers),
+    )
+    nested = meta_tensors(bsq_vae.BSQVAE, config.vae)
+    assert len(nested) == entries
+    shapes = shapes_of(config, "vae")
+    for tensors in (nested, flat_spelling(nested)):
+        found = weights(tensors, "vae.pth")
+        architecture.check_kind(found, "VAE", "--vae")
+        assert architecture.vae_config(found) == config.vae
+        assert_bijection(conversion.official_names(found, config, "vae"), tensors, shapes)
+    assert "decoder.up.1.block.0.nin_shortcut.conv.weight" in nested
+    assert "decoder.up.1.block.0.nin_shortcut.weight" in flat_spelling(nested)
+
+
+def test_the_t5_table_is_a_bijection_onto_the_transformers_module():
+    settings = transformers.T5Config(
+        d_model=2048,
+        d_ff=5120,
+        d_kv=64,
+        num_heads=32,
+        num_layers=24,
+        vocab_size=32128,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        tensors = dict(transformers.T5EncoderModel(settings).state_dict())
+    tensors.pop("encoder.embed_tokens.weight", None)
+    found = weights(tensors, "no/such/folder")
+    assert architecture.t5_config(found) == T5Config()
+    config = CheckpointConfig(ARCHITECTURES["infinity_2b"], VAEConfig(code_dim=32), T5Config())
+    table = conversion.official_names(found, config, "text_encoder")
+    assert_bijection(table, tensors, shapes_of(config, "text_encoder"))
+
+
+# Layouts of files.
+
+
+def test_values_are_those_of_an_independent_mapping(tmp_path):
+    assert_equal(map_infinity(weights(TRANSFORMER, tmp_path)), EXPECTED_TRANSFORMER)
+    assert_equal(map_vae(weights(VAE, tmp_path)), EXPECTED_VAE)
+
+
+def test_text_encoder_values(tmp_path):
+    found = weights(TEXT_ENCODER, tmp_path)
+    mapped = checkpoint.flatten(conversion.map_parameters(found, CONFIG, "text_encoder"))
+    attention, mlp = "encoder.block.1.layer.0.SelfAttention", "encoder.block.1.layer.1.DenseReluDense"
+    for path, name in [
+        ("blocks/1/attention/query/kernel", f"{attention}.q.weight"),
+        ("blocks/1/attention/key/kernel", f"{attention}.k.weight"),
+        ("blocks/1/attention/value/kernel", f"{attention}.v.weight"),
+        ("blocks/1/attention/output/kernel", f"{attention}.o.weight"),
+        ("blocks/1/mlp/gate/kernel", f"{mlp}.wi_0.weight"),
+        ("blocks/1/mlp/up/kernel", f"{mlp}.wi_1.weight"),
+        ("blocks/1/mlp/down/kernel", f"{mlp}.wo.weight"),
+    ]:
+        np.testing.assert_array_equal(mapped[path], TEXT_ENCODER[name].numpy().T, err_msg=path)
+    for path, name in [
+        ("token_embedding", "shared.weight"),
+        ("relative_attention_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        ("final_norm/scale", "encoder.final_layer_norm.weight"),
+        ("blocks/1/attention_norm/scale", "encoder.block.1.layer.0.layer_norm.weight"),
+        ("blocks/1/mlp_norm/scale", "encoder.block.1.layer.1.layer_norm.weight"),
+    ]:
+        np.testing.assert_array_equal(mapped[path], TEXT_ENCODER[name].numpy(), err_msg=path)
+
+
+def flat_spelling(tensors):
+    """Names without the level that the published modules add."""
+    flat = {}
+    for name, x in tensors.items():
+        head, kind = name.rsplit(".", 1)
+        flat[f"{head.removesuffix('.conv').removesuffix('.norm')}.{kind}"] = x
+    return flat
+
+
+def save_shards(folder, tensors, index_name):
+    safe = "safetensors" in index_name
+    items = list(tensors.items())
+    owners = {}
+    for number in range(3):
+        shard = dict(items[number::3])
+        name = f"model-{number + 1:05d}-of-00003.{'safetensors' if safe else 'bin'}"
+        safetensors.torch.save_file(shard, folder / name) if safe else torch.save(shard, folder / name)
+        owners |= dict.fromkeys(shard, name)
+    (folder / index_name).write_text(json.dumps({"metadata": {}, "weight_map": owners}))
+
+
+def write_pth(folder):
+    torch.save(TRANSFORMER, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def write_old_pth(folder):
+    torch.save(TRANSFORMER, folder / "model.pth", _use_new_zipfile_serialization=False)
+    return folder / "model.pth"
+
+
+def write_fine_tuning(folder):
+    averaged = {name: torch.zeros_like(x) for name, x in TRANSFORMER.items()}
+    trainer = {"gpt_fsdp": TRANSFORMER, "gpt_ema_fsdp": averaged, "config": {"lr": 1e-4}}
+    torch.save({"epoch": 3, "trainer": trainer, "args": {"pn": "1M"}}, folder / "ar-ckpt-1.pth")
+    return folder / "ar-ckpt-1.pth"
+
+
+def write_safetensors(folder):
+    safetensors.torch.save_file(TRANSFORMER, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def write_folder(folder):
+    write_safetensors(folder)
+    return folder
+
+
+def write_safetensors_shards(folder):
+    wrong = {name: torch.zeros_like(x) for name, x in TRANSFORMER.items()}
+    save_shards(folder, wrong, "pytorch_model.bin.index.json")  # the published loader prefers safetensors
+    save_shards(folder, TRANSFORMER, "model.safetensors.index.json")
+    return folder
+
+
+def write_pickle_shards(folder):
+    save_shards(folder, TRANSFORMER, "pytorch_model.bin.index.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_pth,
+        write_old_pth,
+        write_fine_tuning,
+        write_safetensors,
+        write_folder,
+        write_safetensors_shards,
+        write_pickle_shards,
+    ],
+)
+def test_every_layout_of_a_transformer_is_read(tmp_path, write):
+    found = read_weights(write(tmp_path))
+    assert_equal(map_infinity(found), EXPECTED_TRANSFORMER)
+    assert all(path.is_file() for path in found.files)
+
+
+@pytest.mark.parametrize("spell", [dict, flat_spelling])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"vae": x, "discriminator": {}}])
+def test_every_layout_of_a_vae_is_read(tmp_path, spell, wrap):
+    torch.save(wrap(spell(VAE)), tmp_path / "vae.pth")
+    assert_equal(map_vae(read_weights(tmp_path / "vae.pth")), EXPECTED_VAE)
+
+
+def test_tensors_stay_in_their_file_until_they_are_used(tmp_path):
+    for path in (write_pth(tmp_path), write_safetensors(tmp_path)):
+        for array in map_infinity(read_weights(path)).values():
+            assert not array.flags.owndata
+        with open("/proc/self/maps") as maps:
+            assert str(path) in maps.read()
+
+
+def test_blocks_may_be_a_plain_list(tmp_path):
+    config = dataclasses.replace(CONFIG.transformer, num_chunks=1)
+    tensors = synthetic_checkpoint.transformer_tensors(config)
+    assert "blocks.3.sa.q_bias" in tensors
+    found = weights(tensors, tmp_path)
+    assert architecture.infinity_config(found, CONFIG.vae, rope_mode=2, level_embedding_per_chunk=False) == config
+    expected = infinity_parameters(config, "float32", {name: x.numpy() for name, x in tensors.items()})
+    assert_equal(map_infinity(found), checkpoint.flatten(expected))
+
+
+def test_patchify_is_read_off_the_widths(tmp_path):
+    config = dataclasses.replace(CONFIG.transformer, patchify=True)
+    found = weights(synthetic_checkpoint.transformer_tensors(config), tmp_path)
+    assert architecture.infinity_config(found, CONFIG.vae, rope_mode=2, level_embedding_per_chunk=False) == config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floating_types_keep_their_values(tmp_path, dtype):
+    tensors = {name: x.to(dtype) for name, x in TRANSFORMER.items()}
+    expected = infinity_parameters(
+        CONFIG.transformer, "float32", {n: x.float().numpy() for n, x in tensors.items()}
+    )
+    mapped = {path: x.astype(np.float32) for path, x in map_infinity(weights(tensors, tmp_path)).items()}
+    assert_equal(mapped, checkpoint.flatten(expected))
+
+
+def test_unused_buffers_are_ignored(tmp_path):
+    unused = {
+        "lvl_1L": torch.zeros(1, 4, dtype=torch.int64),
+        "attn_bias_for_masking": torch.zeros(1, 1, 4, 4),
+        "Infinity_visible_kvlen": torch.zeros(3),
+        "Infinity_invisible_qlen": torch.zeros(3),
+    }
+    assert_equal(map_infinity(weights(TRANSFORMER | unused, tmp_path)), EXPECTED_TRANSFORMER)
+    without_zeros = {name: x for name, x in TRANSFORMER.items() if not name.endswith("zero_k_bias")}
+    assert_equal(map_infinity(weights(without_zeros, tmp_path)), EXPECTED_TRANSFORMER)
+
+
+def test_a_longer_table_of_unconditional_features_is_cut(tmp_path):
+    longer = torch.randn(600, 128)
+    mapped = map_infinity(weights(TRANSFORMER | {"cfg_uncond": longer}, tmp_path))
+    np.testing.assert_array_equal(mapped["unconditional_features"], longer[:512].numpy())
+
+
+def test_the_embedding_of_t5_may_have_either_name(tmp_path):
+    shared = TEXT_ENCODER["shared.weight"]
+    alias = "encoder.embed_tokens.weight"
+    renamed = {name: x for name, x in TEXT_ENCODER.items() if name != "shared.weight"} | {alias: shared}
+    for tensors in (TEXT_ENCODER | {alias: shared.clone()}, renamed):
+        found = weights(tensors, tmp_path)
+        assert architecture.t5_config(found).vocab_size == synthetic_checkpoint.VOCABULARY
+        mapped = checkpoint.flatten(conversion.map_parameters(found, CONFIG, "text_encoder"))
+        np.testing.assert_array_equal(mapped["token_embedding"], shared.numpy())
+    with pytest.raises(
+        InputError, match=r"different tensors under shared\.weight and encoder.embed_tokens.weight"
+    ):
+        conversion.map_parameters(weights(TEXT_ENCODER | {alias: shared + 1}, tmp_path), CONFIG, "text_encoder")
+
+
+def test_settings_of_t5_come_from_its_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"relative_attention_max_distance": 64}))
+    assert architecture.t5_config(weights(TEXT_ENCODER, tmp_path)) == CONFIG.text_encoder
+    (tmp_path / "config.json").write_text(json.dumps({"feed_forward_proj": "relu"}))
+    with pytest.raises(InputError, match="no T5 with gated GELU: pass flan-t5-xl"):
+        architecture.t5_config(weights(TEXT_ENCODER, tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is not readable JSON: download it again"):
+        architecture.t5_config(weights(TEXT_ENCODER, tmp_path))
+
+
+# What does not fit.
+
+
+def test_every_misfit_is_named(tmp_path):
+    tensors = dict(TRANSFORMER)
+    for name in ("head.bias", "block_chunks.1.module.0.ffn.fc2.weight"):
+        del tensors[name]
+    tensors |= {"norm0_ve.weight": torch.zeros(3), "block_chunks.0.module.0.ca_gamma": torch.zeros(3)}
+    tensors["pos_start"] = torch.zeros(1, 1, 31)
+    tensors["block_chunks.0.module.1.sa.scale_mul_1H11"] = torch.zeros(1, 5, 1, 1)
+    tensors["lvl_embed.weight"] = torch.zeros(15, 32, dtype=torch.int64)
+    with pytest.raises(InputError) as caught:
+        map_infinity(weights(tensors, tmp_path / "model.pth"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'model.pth'} does not fit (2 missing: block_chunks.1.module.0.ffn.fc2.weight, head.bias; "
+        "2 unexpected: block_chunks.0.module.0.ca_gamma, norm0_ve.weight; "
+        "2 of wrong shape: block_chunks.0.module.1.sa.scale_mul_1H11 [1, 5, 1, 1] instead of [1, 4, 1, 1], "
+        "pos_start [1, 1, 31] instead of [1, 1, 32]; "
+        "1 of wrong type: lvl_embed.weight torch.int64): "
+        "download it again, or pass the file of a supported model"
+    )
+
+
+def test_values_that_cannot_be_used_are_named(tmp_path):
+    tensors = {name: x.clone() for name, x in TRANSFORMER.items()}
+    tensors["head.bias"][2] = float("nan")
+    tensors["block_chunks.1.module.1.ffn.fc1.weight"][3, 4] = float("inf")
+    tensors["block_chunks.0.module.0.sa.zero_k_bias"][0] = 1e-3
+    with pytest.raises(InputError) as caught:
+        map_infinity(weights(tensors, tmp_path / "model.pth"))
+    for part in (
+        "2 not finite: ",
+        "head.bias",
+        "block_chunks.1.module.1.ffn.fc1.weight",
+        "1 not zero: block_chunks.0.module.0.sa.zero_k_bias",
+        "these weights cannot be used, download them again",
+    ):
+        assert part in str(caught.value)
+
+
+def test_files_given_to_the_wrong_flag_are_recognised(tmp_path):
+    kinds = {"transformer": TRANSFORMER, "VAE": VAE, "text encoder": TEXT_ENCODER}
+    for actual, tensors in kinds.items():
+        found = weights(tensors, tmp_path / "file")
+        for wanted in kinds:
+            if wanted == actual:
+                architecture.check_kind(found, wanted, "--flag")
+            else:
+                with pytest.raises(InputError, match=f"--flag .*file holds a {actual}, not a {wanted}: were two"):
+                    architecture.check_kind(found, wanted, "--flag")
+    with pytest.raises(InputError, match="does not hold a VAE in the published layout: pass its own file"):
+        architecture.check_kind(weights({"weight": torch.zeros(1)}, tmp_path), "VAE", "--vae")
+
+
+def test_models_that_were_not_trained_together(tmp_path):
+    with pytest.raises(
+        InputError, match=r"codes have 5 bits but the tokens of .* have 6, not as many nor four times"
+    ):
+        architecture.infinity_config(
+            weights(TRANSFORMER, tmp_path),
+            dataclasses.replace(CONFIG.vae, code_dim=5),
+            rope_mode=2,
+            level_embedding_per_chunk=False,
+        )
+    with pytest.raises(ConfigError, match="text encoder gives 64 channels but the transformer expects 128"):
+        dataclasses.replace(CONFIG, text_encoder=dataclasses.replace(CONFIG.text_encoder, embed_dim=64))
+
+
+class _Code:
+    """A pickle that creates a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_pickle_is_named_and_never_run(tmp_path):
+    proof = tmp_path / "executed"
+    torch.save(TRANSFORMER | {"extra": _Code(proof)}, tmp_path / "zip.pth")
+    torch.save({"extra": _Code(proof)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("zip.pth", "old.pth"):
+        with pytest.raises(
+            InputError, match=r"contains code \(posix\.mkdir\), which is never run: save plain tensors"
+        ):
+            read_weights(tmp_path / name)
+    with open(tmp_path / "plain.pth", "wb") as file:
+        pickle.dump(_Code(proof), file)
+    with pytest.raises(InputError, match="is not a file of plain PyTorch weights"):
+        read_weights(tmp_path / "plain.pth")
+    assert not proof.exists()
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    pth, safe = write_pth(tmp_path).read_bytes(), write_safetensors(tmp_path).read_bytes()
+    for name, content, message in [
+        ("half.pth", pth[: len(pth) // 2], "is not a complete PyTorch file: download it again"),
+        ("empty.pth", b"", "is not a complete PyTorch file"),
+        ("page.pth", b"<html>not found</html>", "is not a file of plain PyTorch weights"),
+        ("half.safetensors", safe[: len(safe) // 2], "is not a complete safetensors file: download it again"),
+        ("empty.safetensors", b"", "is not a complete safetensors file"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_weights(tmp_path / name)
+    for content, message in [
+        ([TRANSFORMER["head.bias"]], "holds no named tensors: pass a file of weights"),
+        ({}, "holds no named tensors"),
+        ({"head.bias": TRANSFORMER["head.bias"], "step": 3, "lr": 0.1}, "entries that are no tensors: step, lr"),
+    ]:
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(InputError, match=message):
+            read_weights(tmp_path / "other.pth")
+    with pytest.raises(InputError, match="no such file or folder"):
+        read_weights(tmp_path / "none.pth")
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    with pytest.raises(
+        InputError, match=r"holds none of model\.safetensors\.index\.json, .*: pass the folder with"
+    ):
+        read_weights(tmp_path)
+    save_shards(tmp_path, TRANSFORMER, index.name)
+    intact = json.loads(index.read_text())
+    (tmp_path.parent / "outside.safetensors").write_bytes(b"")
+    for weight_map, message in [
+        ({"head.bias": "gone.safetensors"}, "lacks shards that its index names, download gone.safetensors"),
+        ({"head.bias": "../outside.safetensors"}, "names files outside its folder: ../outside.safetensors"),
+        (
+            intact["weight_map"] | {"more": "model-00001-of-00003.safetensors"},
+            "lack tensors that the index .*: more",
+        ),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(InputError, match=message):
+            read_weights(tmp_path)
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match="is not a readable index of shards: download it again"):
+            read_weights(tmp_path)
+
+
+def test_text_encoder_folders_that_cannot_be_used(tmp_path):
+    folder = tmp_path / "tiny" / "text_encoder"
+    synthetic_checkpoint.write(tmp_path / "tiny", CONFIG)
+    inputs = {"transformer": tmp_path / "tiny" / "transformer.pth", "vae": tmp_path / "tiny" / "vae.pth"}
+
+    def refuse(message, text_encoder=folder):
+        with pytest.raises(InputError, match=message):
+            conversion.convert(**inputs, text_encoder=text_encoder, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refuse("is no folder: pass the folder of flan-t5-xl", folder / "model.safetensors")
+    intact = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text("{}")
+    refuse(r"tokenizer\.json is not a readable tokenizer: download it again")
+    (folder / "tokenizer.json").unlink()
+    refuse(r"has no tokenizer\.json: download it into the folder too")
+    (folder / "tokenizer.json").write_text(intact)
+    few = synthetic_checkpoint.text_encoder_tensors(dataclasses.replace(CONFIG.text_encoder, vocab_size=50))
+    safetensors.torch.save_file(few, folder / "model.safetensors")
+    refuse(r"has ids up to \d+ but the text encoder knows 50: they must match")
+
+
+def test_ignore_lists_are_patterns():
+    assert names.is_ignored("decoder.block.0.layer.0.SelfAttention.q.weight", names.T5_IGNORED)
+    assert not names.is_ignored("encoder.block.0.layer.0.SelfAttention.q.weight", names.T5_IGNORED)
+    assert names.is_ignored("block_chunks.0.module.0.sa.zero_k_bias", names.INFINITY_ZERO)
