@@ -2,14 +2,16 @@
 
 import functools
 import math
+import re
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import cudnn, reference
 
-Implementation = Literal["reference"]
+Implementation = Literal["mosaic_gpu", "cudnn", "reference"]
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -48,30 +50,89 @@ def flash_attention_entropy(
       key: [batch, capacity, kv_heads, head_dim], the query's dtype; kv_heads divides heads, and query head h
         attends to key head h // (heads // kv_heads).
       value: [batch, capacity, kv_heads, head_dim], the query's dtype.
-      scale: factor of the logits; 1/sqrt(head_dim) by default.
+      scale: factor of the logits, finite and not negative; 1/sqrt(head_dim) by default.
       kv_length: valid prefix of `key` and `value`, which may be a cache with room to spare; a Python int, the
         whole capacity by default.
       return_entropy: without it `entropy` is None and its work is not done.
-      implementation: None takes the best that supports the call. "reference": plain jax.numpy, anywhere.
+      implementation: None takes the best that supports the call on the device that it is traced for: that of the
+        ambient mesh, else jax's default device. A name demands one:
+        "mosaic_gpu": one kernel, on Hopper GPUs, in bfloat16 and float16. Query tokens and capacity should be
+          multiples of 8: others cost a padded copy.
+        "cudnn": cuDNN's kernel, on NVIDIA GPUs, in bfloat16 and float16. Its entropy comes from a second call and
+          the identity H = logsumexp - scale q·(a K), whose error grows with the logits (2e-2 nats at scale 100):
+          None takes it for calls without entropy only.
+        "reference": plain jax.numpy, anywhere.
 
     Raises:
       TypeError: a dtype that is not supported or differs between the inputs; kv_length is no Python int; the
         call is differentiated.
-      ValueError: shapes that do not fit each other, kv_length out of range, an unknown implementation.
+      ValueError: shapes that do not fit each other; scale or kv_length out of range; an unknown implementation, or
+        one that cannot run this call or runs on no such device.
     """
     kv_length = _checked_kv_length(query, key, value, kv_length)
-    if implementation not in (None, *get_args(Implementation)):
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    name = _chosen(implementation, query, return_entropy)
+    options = {"scale": scale, "kv_length": kv_length, "return_entropy": return_entropy}
+    return AttentionResult(*_forward_only(functools.partial(_attention(name), **options))(query, key, value))
+
+
+def _chosen(implementation: str | None, query: jax.Array, return_entropy: bool) -> str:
+    reasons = {"mosaic_gpu": _not_for_mosaic_gpu(query), "cudnn": _not_for_cudnn(query), "reference": None}
+    if implementation is None:
+        if reasons["mosaic_gpu"] is None:
+            return "mosaic_gpu"
+        return "cudnn" if reasons["cudnn"] is None and not return_entropy else "reference"
+    if implementation not in reasons:
         names = ", ".join(repr(name) for name in get_args(Implementation))
         raise ValueError(f"unknown implementation {implementation!r}: choose one of {names}, or None for the best")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    output, entropy, logsumexp = _forward_only(functools.partial(_attend, scale, kv_length))(query, key, value)
-    return AttentionResult(output, entropy if return_entropy else None, logsumexp)
+    if reason := reasons[implementation]:
+        raise ValueError(
+            f"implementation {implementation!r} cannot run this call: {reason}; "
+            "implementation=None takes one that can"
+        )
+    return implementation
 
 
-def _attend(
-    scale: float, kv_length: int, query: jax.Array, key: jax.Array, value: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return reference.attention(query, key, value, scale=scale, kv_length=kv_length)
+def _attention(name: str) -> Callable[..., tuple[jax.Array, jax.Array | None, jax.Array]]:
+    if name == "mosaic_gpu":
+        # Pallas' GPU dialects take half a second to import: only where they are used.
+        from pallas_kernels.attention import mosaic_gpu
+
+        return mosaic_gpu.attention
+    return cudnn.attention if name == "cudnn" else reference.attention
+
+
+def _not_for_mosaic_gpu(query: jax.Array) -> str | None:
+    head_dim, kind = query.shape[-1], _device_kind()
+    if query.dtype == jnp.float32:
+        return "it multiplies bfloat16 and float16 only, not float32"
+    if head_dim % 16 or head_dim > 256:
+        return f"it needs a head_dim that is a multiple of 16 up to 256, not {head_dim}"
+    if not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
+        return f"it needs a Hopper GPU (H100, H200, GH200), and the device is {kind}"
+    return None
+
+
+def _not_for_cudnn(query: jax.Array) -> str | None:
+    head_dim, kind = query.shape[-1], _device_kind()
+    if query.dtype == jnp.float32:
+        return "it multiplies bfloat16 and float16 only, not float32"
+    if head_dim % 8 or head_dim > 128:
+        return f"it needs a head_dim that is a multiple of 8 up to 128, not {head_dim}"
+    if not kind.startswith("NVIDIA"):
+        return f"it needs an NVIDIA GPU, and the device is {kind}"
+    return None
+
+
+def _device_kind() -> str:
+    """Name of the device that the call is traced for, real or abstract."""
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return abstract.device_kind
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+    return device.device_kind
 
 
 def _checked_kv_length(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int | None) -> int:

@@ -62,8 +62,8 @@ def _merge(left: _Running, right: _Running) -> _Running:
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, kv_length: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, kv_length: int, return_entropy: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Softmax attention over the first `kv_length` keys; memory grows linearly with their number.
 
     float32 inputs are multiplied in full float32; bfloat16 and float16 inputs accumulate in float32 and round the
@@ -75,6 +75,7 @@ def attention(
       value: [batch, capacity, kv_heads, head_dim].
       scale: factor of the logits.
       kv_length: number of valid keys, 1 to capacity.
+      return_entropy: without it the entropy is None.
 
     Returns:
       output [batch, q_tokens, heads, head_dim] in the query's dtype; entropy and logsumexp, float32
@@ -98,6 +99,8 @@ def attention(
     output = state.output / state.total[..., None]
     output = output.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
     log_total = jnp.log(state.total)
+    # The true value is never negative, its rounding can be.
     entropy = jnp.maximum(log_total - state.weighted / state.total, 0.0)
     rows = (batch, heads, q_tokens)
-    return output, entropy.reshape(rows), (state.maximum + log_total).reshape(rows)
+    logsumexp = (state.maximum + log_total).reshape(rows)
+    return output, entropy.reshape(rows) if return_entropy else None, logsumexp

@@ -1,0 +1,469 @@
+"""Attention, its entropy and its logsumexp in one kernel for Hopper GPUs (Pallas Mosaic GPU).
+
+A block of threads handles a tile of query rows of one head: its compute warpgroups own 64 rows each and its
+memory warpgroup streams the tiles of keys and values through shared memory (TMA). While one compute warpgroup
+works on its softmax, the tensor cores (wgmma) work for another: they take turns. pallas_kernels/README.md derives
+the recurrences, argues the schedule and shows the measurements.
+
+Synchronisation. Pallas' automatic barriers are off; every ordering that the kernel needs is one of these:
+* A tile of query, key or value is read after a wait on the barrier that its TMA copy completes.
+* A slot of keys (values) is refilled after the memory warpgroup waited for `key_free` (`value_free`), on which
+  every thread of every compute warpgroup arrives after it has waited for its own wgmma that reads the slot.
+* The output tile takes the place of the query tile. `query_free` makes each warpgroup wait until all its threads
+  have waited for their last wgmma that reads the query; no other warpgroup touches that tile.
+* Output and rows are stored to global memory after `commit_smem`, which fences the writes of every thread for the
+  copy engine and then joins the warpgroup.
+* `turn[w]` orders the use of the tensor cores alone, and no memory access depends on it.
+No memory is both read and written by the threads of a warpgroup other than under the rules above.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+# Stands for minus infinity: finite, so that weight * logit of a masked key is 0 and not NaN.
+_MASKED = -1e30
+_ROWS = 64  # query rows of a compute warpgroup: the height of one wgmma
+# 64 Ki registers a multiprocessor, in multiples of 8 a thread; ptxas caps a thread at 255.
+_REGISTERS = {2: (240, 24), 3: (160, 32)}
+_MULTIPROCESSORS = 132  # H100 SXM, H200, GH200
+
+
+class BlockSizes(NamedTuple):
+    """What a shape class is compiled with.
+
+    Attributes:
+      compute_warpgroups: tiles of 64 query rows that share every tile of keys, with turns on the tensor cores.
+      block_kv: keys of a tile.
+      stages: tiles of keys and values in flight.
+    """
+
+    compute_warpgroups: int
+    block_kv: int
+    stages: int
+
+
+def block_sizes(batch: int, q_tokens: int, heads: int, head_dim: int, kv_length: int) -> BlockSizes:
+    """The measured choice for a shape class (pallas_kernels/README.md, "Block sizes")."""
+
+    def one_wave(warpgroups: int) -> bool:
+        return batch * heads * pl.cdiv(q_tokens, warpgroups * _ROWS) <= _MULTIPROCESSORS
+
+    if head_dim > 128:  # the output's registers and the tiles' shared memory leave no choice
+        return BlockSizes(compute_warpgroups=1 if one_wave(1) else 2, block_kv=64, stages=2)
+    if one_wave(1):
+        return BlockSizes(compute_warpgroups=1, block_kv=64 if kv_length <= 512 else 128, stages=2)
+    if one_wave(3) and not one_wave(2):
+        return BlockSizes(compute_warpgroups=3, block_kv=64, stages=2)
+    return BlockSizes(compute_warpgroups=2, block_kv=128 if kv_length <= 3072 else 192, stages=2)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    kv_length: int,
+    return_entropy: bool,
+    blocks: BlockSizes | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Softmax attention over the first `kv_length` keys.
+
+    Tokens are copied in whole groups of 8: a count of query tokens that is no multiple of 8, or a capacity of keys
+    that is none, costs a padded copy of the array; keep a cache at a multiple of 8.
+
+    Args:
+      query: [batch, q_tokens, heads, head_dim], bfloat16 or float16; head_dim a multiple of 16 up to 256.
+      key: [batch, capacity, kv_heads, head_dim]; kv_heads divides heads.
+      value: [batch, capacity, kv_heads, head_dim].
+      scale: factor of the logits, not negative.
+      kv_length: number of valid keys, 1 to capacity.
+      return_entropy: without it the entropy is None and the kernel is compiled without its sums.
+      blocks: overrides the measured choice.
+      interpret: interpreter parameters, for tests on a CPU.
+
+    Returns:
+      output [batch, q_tokens, heads, head_dim] in the query's dtype; entropy and logsumexp, float32
+      [batch, heads, q_tokens], in nats.
+    """
+    batch, q_tokens, heads, head_dim = query.shape
+    blocks = blocks or block_sizes(batch, q_tokens, heads, head_dim, kv_length)
+    query, key, value = (_pad_tokens(x) for x in (query, key, value))
+    output, logsumexp, *entropy = _call(
+        query, key, value, scale * _LOG2_E, kv_length, return_entropy, blocks, interpret
+    )
+    rows = [x[:, :, :q_tokens] for x in (logsumexp, *entropy)]
+    return output[:, :q_tokens], rows[1] if return_entropy else None, rows[0]
+
+
+def _pad_tokens(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+
+def _call(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    kv_length: int,
+    return_entropy: bool,
+    blocks: BlockSizes,
+    interpret: Any,
+) -> list[jax.Array]:
+    batch, q_tokens, heads, head_dim = query.shape
+    warpgroups, block_kv, stages = blocks
+    steps = pl.cdiv(kv_length, block_kv)
+    stages = min(stages, steps)
+    swizzle = next(size for size in (128, 64, 32) if head_dim % (size // 2) == 0)
+    tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+
+    def tile(*shape: int) -> Any:
+        return plgpu.SMEM((*shape, head_dim), query.dtype, transforms=tiled)
+
+    scratch = _Scratch(
+        query=tile(warpgroups, _ROWS),
+        key=tile(stages, block_kv),
+        value=tile(stages, block_kv),
+        rows=plgpu.SMEM((1 + return_entropy, warpgroups, _ROWS), jnp.float32),
+        query_ready=plgpu.Barrier(num_barriers=warpgroups),
+        query_free=plgpu.Barrier(num_barriers=warpgroups),
+        key_ready=plgpu.Barrier(num_barriers=stages),
+        value_ready=plgpu.Barrier(num_barriers=stages),
+        key_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        value_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=warpgroups),
+    )
+
+    def kernel(query_ref: Any, key_ref: Any, value_ref: Any, output_ref: Any, *rest: Any) -> None:
+        row_refs, memory = rest[: 1 + return_entropy], _Scratch(*rest[1 + return_entropy :])
+        index, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+        start = (lax.axis_index("tile") * warpgroups + warpgroup) * _ROWS
+
+        @pl.when(warpgroup < warpgroups)
+        def _compute() -> None:
+            if warpgroups > 1:
+                plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="increase")
+            place = (index, pl.ds(start, _ROWS), head)
+            tile_ref = memory.query.at[warpgroup]
+            plgpu.copy_gmem_to_smem(query_ref.at[place], tile_ref, memory.query_ready.at[warpgroup])
+            plgpu.barrier_wait(memory.query_ready.at[warpgroup])
+            output, *rows = _attend(memory, warpgroup, scale, kv_length, return_entropy, blocks, interpret)
+            _barrier_join(memory.query_free.at[warpgroup])
+            tile_ref[...] = output.astype(query.dtype)
+            for position, row in enumerate(rows):
+                memory.rows.at[position, warpgroup][...] = row
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile_ref, output_ref.at[place])
+            for position, row_ref in enumerate(row_refs):
+                _store_rows(memory.rows.at[position, warpgroup], row_ref.at[index, head], start)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == warpgroups)
+        def _stream() -> None:
+            if warpgroups > 1:
+                plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="decrease")
+            kv_head = lax.div(head, heads // key.shape[2])
+            _stream_keys_and_values(memory, key_ref, value_ref, index, kv_head, steps, blocks)
+
+    row = jax.ShapeDtypeStruct((batch, heads, q_tokens), jnp.float32)
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(query.shape, query.dtype), *[row] * (1 + return_entropy)],
+        scratch_types=tuple(scratch),
+        # The tiles of one head run side by side, so that its keys and values are read from memory once.
+        grid=(batch, heads, pl.cdiv(q_tokens, warpgroups * _ROWS)),
+        grid_names=("batch", "head", "tile"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="flash_attention_entropy",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(query, key, value)
+
+
+class _Scratch(NamedTuple):
+    """Shared memory of a block, with its barriers."""
+
+    query: Any  # [warpgroups, 64, head_dim]; holds the output in the end
+    key: Any  # [stages, block_kv, head_dim]
+    value: Any  # [stages, block_kv, head_dim]
+    rows: Any  # [logsumexp and entropy, warpgroups, 64]
+    query_ready: Any
+    query_free: Any
+    key_ready: Any
+    value_ready: Any
+    key_free: Any
+    value_free: Any
+    turn: Any
+
+
+class _Sums(NamedTuple):
+    """Running sums of a warpgroup's rows over the keys seen; logits x are in base 2. See `_soften`."""
+
+    maximum: jax.Array  # max x                                [64]
+    total: jax.Array  # sum 2^(x - max)                        [64]
+    weighted: jax.Array | None  # sum 2^(x - max) (x - max)    [64]
+
+
+def _stream_keys_and_values(
+    memory: _Scratch, key_ref: Any, value_ref: Any, index: Any, kv_head: Any, steps: int, blocks: BlockSizes
+) -> None:
+    """The memory warpgroup: fills every slot as soon as its readers have left it."""
+    stages = min(blocks.stages, steps)
+
+    def copy(ref: Any, tiles: Any, ready: Any, step: Any, slot: Any) -> None:
+        tokens = pl.ds(step * blocks.block_kv, blocks.block_kv)
+        plgpu.copy_gmem_to_smem(ref.at[index, tokens, kv_head], tiles.at[slot], ready.at[slot])
+
+    # Loops, although short: an index that Pallas knows may not run past the end of a short cache, a variable may.
+    @pl.loop(0, stages)
+    def _(step: Any) -> None:
+        copy(key_ref, memory.key, memory.key_ready, step, step)
+        copy(value_ref, memory.value, memory.value_ready, step, step)
+
+    @pl.loop(stages, steps)
+    def _(step: Any) -> None:
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(memory.key_free.at[slot])
+        copy(key_ref, memory.key, memory.key_ready, step, slot)
+        plgpu.barrier_wait(memory.value_free.at[slot])
+        copy(value_ref, memory.value, memory.value_ready, step, slot)
+
+    # Observe the last phase of every barrier, so that none is left pending when the block ends.
+    @pl.loop(0, stages)
+    def _(slot: Any) -> None:
+        plgpu.barrier_wait(memory.key_free.at[slot])
+        plgpu.barrier_wait(memory.value_free.at[slot])
+
+
+def _attend(
+    memory: _Scratch,
+    warpgroup: Any,
+    scale: float,
+    kv_length: int,
+    return_entropy: bool,
+    blocks: BlockSizes,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """A compute warpgroup: its 64 rows against all keys.
+
+    A turn on the tensor cores is the product of one step's weights with its values and the logits of the next
+    step, issued together so that the tensor cores do not idle between them.
+
+    Returns:
+      output [64, head_dim], logsumexp [64] and, if asked for, entropy [64], all float32.
+    """
+    warpgroups, block_kv, _ = blocks
+    steps = pl.cdiv(kv_length, block_kv)
+    stages, head_dim = memory.key.shape[0], memory.key.shape[2]
+    query_ref = memory.query.at[warpgroup]
+    cores: Any = (_TensorCores if interpret is None else _InterpretedTensorCores)(block_kv)
+
+    def wait_turn() -> None:
+        if warpgroups > 1:
+            plgpu.barrier_wait(memory.turn.at[warpgroup])
+
+    def pass_turn() -> None:
+        if warpgroups > 1:
+            plgpu.barrier_arrive(memory.turn.at[lax.rem(warpgroup + 1, warpgroups)])
+
+    def soften(scores: jax.Array, output: jax.Array, sums: _Sums) -> tuple[jax.Array, jax.Array, _Sums]:
+        weights, correction, sums = _soften(scores, scale, sums)
+        output = output * _across(correction, output.shape)
+        # Keeps the compiler from moving any of this into the turn that follows.
+        return lax.optimization_barrier((weights.astype(memory.value.dtype), output, sums))
+
+    def step(index: Any, carry: Any) -> Any:
+        weights, output, sums = soften(*carry)
+        here, there = lax.rem(index, stages), lax.rem(index + 1, stages)
+        plgpu.barrier_wait(memory.value_ready.at[here])
+        plgpu.barrier_wait(memory.key_ready.at[there])
+        wait_turn()
+        output, scores = cores.accumulate_and_score(
+            output, weights, memory.value, here, query_ref, memory.key, there
+        )
+        pass_turn()
+        plgpu.barrier_arrive(memory.value_free.at[here])
+        plgpu.barrier_arrive(memory.key_free.at[there])
+        return scores, output, sums
+
+    # The first turn is warpgroup 0's; the last warpgroup owes it one and does not pass its own last turn on.
+    pl.when(warpgroup == warpgroups - 1)(pass_turn)
+    plgpu.barrier_wait(memory.key_ready.at[0])
+    wait_turn()
+    scores = cores.score(query_ref, memory.key, 0)
+    pass_turn()
+    plgpu.barrier_arrive(memory.key_free.at[0])
+
+    def filled(number: float, *shape: int) -> jax.Array:
+        layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+        return cores.laid_out(jnp.full(shape, number, jnp.float32), layout)
+
+    sums = _Sums(filled(_MASKED, _ROWS), filled(0, _ROWS), filled(0, _ROWS) if return_entropy else None)
+    carry = (scores, filled(0, _ROWS, head_dim), sums)
+    scores, output, sums = lax.fori_loop(0, steps - 1, step, carry)
+
+    if tail := kv_length % block_kv:
+        scores = jnp.where(cores.columns() < tail, scores, _MASKED)
+    weights, output, sums = soften(scores, output, sums)
+    last = (steps - 1) % stages
+    plgpu.barrier_wait(memory.value_ready.at[last])
+    wait_turn()
+    output = cores.accumulate(output, weights, memory.value, last)
+    pl.when(warpgroup < warpgroups - 1)(pass_turn)
+    plgpu.barrier_arrive(memory.value_free.at[last])
+
+    log_total = jnp.log(sums.total) * _LOG2_E
+    logsumexp = (sums.maximum + log_total) * _LN_2
+    output = output * _across(1 / sums.total, output.shape)
+    if sums.weighted is None:
+        return output, logsumexp
+    # The true value is never negative, its rounding can be.
+    entropy = jnp.maximum((log_total - sums.weighted / sums.total) * _LN_2, 0.0)
+    return output, logsumexp, entropy
+
+
+def _store_rows(rows_ref: Any, row_ref: Any, start: Any) -> None:
+    """Copies the rows that exist: the copy of a contiguous row is not clipped at its end as that of a tile is."""
+    q_tokens = row_ref.shape[0]
+    group = math.gcd(q_tokens, _ROWS)
+
+    def copy(offset: int) -> None:
+        plgpu.copy_smem_to_gmem(rows_ref.at[pl.ds(offset, group)], row_ref.at[pl.ds(start + offset, group)])
+
+    for offset in range(0, _ROWS, group):
+        pl.when(start + offset < q_tokens)(functools.partial(copy, offset))
+
+
+def _soften(scores: jax.Array, scale: float, sums: _Sums) -> tuple[jax.Array, jax.Array, _Sums]:
+    """Weights of a tile relative to the new maximum, the factor of what was summed before, and the new sums."""
+    maximum = jnp.maximum(sums.maximum, scores.max(axis=1) * scale)
+    change = sums.maximum - maximum
+    correction = jnp.exp2(change)
+    logits = scores * scale - _across(maximum, scores.shape)
+    weights = jnp.exp2(logits)
+    total = correction * sums.total + weights.sum(axis=1)
+    weighted = sums.weighted
+    if weighted is not None:
+        # x moves with the maximum, so sum 2^x x gains change * total: the term that the published algorithm drops.
+        weighted = correction * (weighted + change * sums.total) + (weights * logits).sum(axis=1)
+    return weights, correction, _Sums(maximum, total, weighted)
+
+
+def _across(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return lax.broadcast_in_dim(row, shape, (0,))
+
+
+def _barrier_join(barrier: Any) -> None:
+    """Waits until every thread of the warpgroup that shares the barrier has come here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+class _TensorCores(NamedTuple):
+    """The matrix products of a warpgroup; each method returns when its products are done."""
+
+    block_kv: int
+
+    def score(self, query_ref: Any, keys: Any, slot: Any) -> jax.Array:
+        """query · key^T: [64, block_kv]."""
+
+        def multiply(scores_ref: Any) -> jax.Array:
+            plgpu.wgmma(scores_ref, query_ref, _transposed(keys.at[slot]))
+            return scores_ref[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((_ROWS, self.block_kv), jnp.float32))
+
+    def accumulate(self, output: jax.Array, weights: jax.Array, values: Any, slot: Any) -> jax.Array:
+        """Output + weights · value: [64, head_dim]."""
+
+        def multiply(output_ref: Any) -> None:
+            plgpu.wgmma(output_ref, weights, values.at[slot])
+
+        return pl.run_state(multiply)(plgpu.ACC.init(output))
+
+    def accumulate_and_score(
+        self,
+        output: jax.Array,
+        weights: jax.Array,
+        values: Any,
+        value_slot: Any,
+        query_ref: Any,
+        keys: Any,
+        key_slot: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both, in flight at the same time."""
+
+        def multiply(refs: Any) -> None:
+            output_ref, scores_ref = refs
+            plgpu.wgmma(output_ref, weights, values.at[value_slot])
+            plgpu.wgmma(scores_ref, query_ref, _transposed(keys.at[key_slot]))
+
+        zeros = self.laid_out(jnp.zeros((_ROWS, self.block_kv), jnp.float32), plgpu.Layout.WGMMA)
+        return pl.run_state(multiply)((plgpu.ACC.init(output), plgpu.ACC.init(zeros)))
+
+    def laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
+        """The array, spread over the warpgroup's registers as the products want it."""
+        return plgpu.layout_cast(x, layout)
+
+    def columns(self) -> jax.Array:
+        """Column numbers of a tile of logits: [64, block_kv]."""
+        return plgpu.broadcasted_iota(jnp.int32, (_ROWS, self.block_kv), 1, layout=plgpu.Layout.WGMMA)
+
+
+class _InterpretedTensorCores(NamedTuple):
+    """The same products for Pallas' interpreter, which knows neither accumulators in flight nor layouts."""
+
+    block_kv: int
+
+    def score(self, query_ref: Any, keys: Any, slot: Any) -> jax.Array:
+        """query · key^T: [64, block_kv]."""
+        return _exact_dot(query_ref[...], keys.at[slot][...].T)
+
+    def accumulate(self, output: jax.Array, weights: jax.Array, values: Any, slot: Any) -> jax.Array:
+        """Output + weights · value: [64, head_dim]."""
+        return output + _exact_dot(weights, values.at[slot][...])
+
+    def accumulate_and_score(
+        self,
+        output: jax.Array,
+        weights: jax.Array,
+        values: Any,
+        value_slot: Any,
+        query_ref: Any,
+        keys: Any,
+        key_slot: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both."""
+        return self.accumulate(output, weights, values, value_slot), self.score(query_ref, keys, key_slot)
+
+    def laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
+        """The array: the interpreter has no registers."""
+        del layout
+        return x
+
+    def columns(self) -> jax.Array:
+        """Column numbers of a tile of logits: [64, block_kv]."""
+        return lax.broadcasted_iota(jnp.int32, (_ROWS, self.block_kv), 1)
+
+
+def _exact_dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.dot(left.astype(jnp.float32), right.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+def _transposed(ref: Any) -> Any:
+    if hasattr(plgpu, "transpose_ref"):  # jax < 0.11
+        return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
