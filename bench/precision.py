@@ -88,7 +88,7 @@ def main() -> None:
     assert reference.trace is not None
     rows: list[dict[str, Any]] = []
     for scale, (low, high) in enumerate(zip(first.trace.scales, reference.trace.scales, strict=True)):
-        row = {
+        row: dict[str, Any] = {
             "scale": scale,
             "relative_difference": relative_difference(low.logits_raw, high.logits_raw),
             "max_difference": float(np.abs(low.logits_raw - high.logits_raw).max()),

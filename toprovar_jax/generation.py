@@ -23,6 +23,7 @@ from toprovar_jax.scale_loop import (
     SamplingSettings,
     ScaleOutput,
     encode_context,
+    image_keys,
     initial_state,
     scale_step,
 )
@@ -85,11 +86,6 @@ def decode_pixels(
     """Code map to RGB; values are truncated to integers, as published (docs/spec/infinity.md, section 5)."""
     image = bind(BSQVAE, config, dtype, params).decode(code_map)
     return ((image + 1) / 2 * 255).astype(jnp.uint8)
-
-
-def image_keys(seeds: UInt32[Array, "batch"]) -> Key[Array, "batch"]:
-    """One random key per seed."""
-    return jax.vmap(jax.random.key)(seeds)
 
 
 class Generator:

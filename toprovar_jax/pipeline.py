@@ -105,7 +105,7 @@ class InfinityPipeline:
         pixels: str | None = None,
         guidance_layer: int | None = None,
         policy: str = "dense",
-        output_type: request.OutputType = "pil",
+        output_type: str = "pil",
         trace: bool = False,
         callback_on_scale_end: Callable[[int, int], None] | None = None,
         text_features: Sequence[Any] | None = None,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8, UInt32
@@ -21,7 +21,6 @@ from toprovar_jax.schedule import (
     tokenizer_schedule,
 )
 
-OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES = ("pil", "np", "latent")
 POLICIES = ("dense",)
 

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from toprovar_jax import sampling
 from toprovar_jax.config import InfinityConfig
@@ -96,6 +97,11 @@ class ScaleOutput(NamedTuple):
     bits: UInt8[Array, "batch height width code_dim"]
     logits_raw: Float[Array, "rows tokens two_bits"] | None
     activations: dict[str, Array] | None
+
+
+def image_keys(seeds: UInt32[Array | np.ndarray, "batch"]) -> Key[Array, "batch"]:
+    """One random key per seed."""
+    return jax.vmap(jax.random.key)(seeds)
 
 
 def encode_context(

@@ -62,7 +62,7 @@ def random_parameters(
         if name.endswith("bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         deviation = math.prod(leaf.shape[:-1]) ** -0.5 if name == "kernel" else 0.02
-        return _scaled_normal(jax.random.fold_in(root, index), deviation, leaf.shape, leaf.dtype)
+        return _scaled_normal(jax.random.fold_in(root, index), jnp.float32(deviation), leaf.shape, leaf.dtype)
 
     return jax.tree.unflatten(
         structure, [initialize(index, path[-1].key, leaf) for index, (path, leaf) in enumerate(leaves)]
@@ -70,5 +70,5 @@ def random_parameters(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _scaled_normal(key: Array, deviation: float, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+def _scaled_normal(key: Array, deviation: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return (jax.random.normal(key, shape) * deviation).astype(dtype)

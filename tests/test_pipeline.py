@@ -1,0 +1,279 @@
+"""The pipeline: batches, seeds, settings, outputs, and every way a call can be wrong."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from toprovar_jax import InputError, scale_loop
+from toprovar_jax.config import CheckpointConfig
+from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.schedule import Grid
+
+
+def generate(*args, **kwargs):
+    return tiny.pipeline()(*args, **({"scale_schedule": tiny.SCHEDULE, "output_type": "np"} | kwargs))
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(one.bits, other.bits, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_same_seed_gives_the_same_image_and_another_seed_another():
+    first, again, other = (generate("a red cat", seed=seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first.images, again.images)
+    assert any((a != b).any() for a, b in zip(first.bits, other.bits, strict=True))
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    """Prompts of different lengths, alone and together."""
+    prompts = ["a cat", "a red dog and a blue cat left of a dog"]
+    together = generate(prompts, seed=[5, 9])
+    for i, (prompt, seed) in enumerate(zip(prompts, (5, 9), strict=True)):
+        alone = generate(prompt, seed=seed)
+        for scale, bits in enumerate(alone.bits):
+            np.testing.assert_array_equal(together.bits[scale][i : i + 1], bits)
+
+
+def test_images_of_one_prompt_use_consecutive_seeds():
+    batch = generate(["a cat", "a dog"], num_images_per_prompt=2, seed=7)
+    assert batch.images.shape == (4, 8, 6, 3)
+    for i, (prompt, seed) in enumerate([("a cat", 7), ("a cat", 8), ("a dog", 9), ("a dog", 10)]):
+        np.testing.assert_array_equal(batch.bits[-1][i], generate(prompt, seed=seed).bits[-1][0])
+
+
+def test_draws_depend_on_seed_scale_token_and_bit_alone():
+    """A larger grid or more bits extend the draws; they change none of them."""
+    key = scale_loop.image_keys(np.array([11], np.uint32))[0]
+    small = scale_loop.sampling.exponential_draws(key, tokens=4, bits=4)
+    large = scale_loop.sampling.exponential_draws(key, tokens=9, bits=4)
+    np.testing.assert_array_equal(small, large[:4])
+    assert len(np.unique(large)) == large.size
+    assert abs(float(np.mean(scale_loop.sampling.exponential_draws(key, 4096, 4))) - 1) < 0.02
+
+
+def test_output_types():
+    pixels = generate("a cat")
+    images = generate("a cat", output_type="pil").images
+    latent = generate("a cat", output_type="latent")
+    assert [image.size for image in images] == [(6, 8)]
+    np.testing.assert_array_equal(np.asarray(images[0]), pixels.images[0])
+    assert latent.images.shape == (1, 4, 3, 4)
+    assert latent.images.dtype == np.float32
+    decoded = tiny.pipeline()("a cat", scale_schedule=tiny.SCHEDULE, output_type="np").images
+    np.testing.assert_array_equal(decoded, pixels.images)
+
+
+def test_trace_has_guided_rows_only_where_guidance_acts():
+    scales = generate("a cat", guidance_scale=[1.0, 3.0, 1.0], trace=True).trace.scales
+    assert [scale.logits_raw.shape for scale in scales] == [(1, 1, 8), (2, 4, 8), (1, 12, 8)]
+    assert [scale.bits.shape for scale in scales] == [(1, 1, 1, 4), (1, 2, 2, 4), (1, 4, 3, 4)]
+    assert {scale.code_map.shape for scale in scales} == {(1, 4, 3, 4)}
+
+
+def test_guidance_of_one_everywhere_equals_no_guidance():
+    off = generate("a cat", guidance_scale=1.0, trace=True)
+    barely = generate("a cat", guidance_scale=[1.0, 1.0, 1.0 + 1e-6], trace=True)
+    for a, b in zip(off.trace.scales, barely.trace.scales, strict=True):
+        np.testing.assert_allclose(a.logits_raw[:1], b.logits_raw[:1], atol=1e-4)
+
+
+def test_forced_bits_feed_forward_while_the_trace_keeps_the_choice():
+    free = generate("a cat", trace=True)
+    flipped = [1 - bits for bits in free.bits]
+    forced = generate("a cat", trace=True, forced_bits=flipped)
+    np.testing.assert_array_equal(forced.trace.scales[0].bits, free.trace.scales[0].bits)
+    for given, used in zip(flipped, forced.bits, strict=True):
+        np.testing.assert_array_equal(given, used)
+    np.testing.assert_allclose(forced.trace.scales[0].code_map, -free.trace.scales[0].code_map, atol=1e-6)
+    with_frames = generate("a cat", forced_bits=[bits[:, None] for bits in flipped])
+    np.testing.assert_array_equal(with_frames.images, forced.images)
+
+
+def test_forcing_some_scales_leaves_the_others_free():
+    free = generate("a cat")
+    partly = generate("a cat", forced_bits=[free.bits[0]])
+    assert_same_bits(free, partly)
+
+
+def test_greedy_sampling_ignores_the_seed():
+    assert_same_bits(generate("a cat", top_k=1, seed=0), generate("a cat", top_k=1, seed=1))
+
+
+def test_negative_prompts_change_the_picture_and_one_serves_all_prompts():
+    plain = generate(["a cat", "a dog"], trace=True)
+    one = generate(["a cat", "a dog"], negative_prompt="blue", trace=True)
+    each = generate(["a cat", "a dog"], negative_prompt=["blue", "blue"], trace=True)
+    np.testing.assert_array_equal(one.trace.scales[0].logits_raw, each.trace.scales[0].logits_raw)
+    rows = one.trace.scales[0].logits_raw
+    np.testing.assert_array_equal(rows[:2], plain.trace.scales[0].logits_raw[:2])
+    assert np.abs(rows[2:] - plain.trace.scales[0].logits_raw[2:]).max() > 1e-3
+
+
+def test_the_functional_loop_equals_the_pipeline():
+    """`scale_loop.sample` is one pure function; the pipeline runs the same steps one program at a time."""
+    expected = generate("a cat", text_features=None, output_type="latent")
+    tokens, mask = tiny.pipeline().tokenizer.encode(["a cat"])
+    encoded = tiny.pipeline().programs.run(("text", tokens.shape), tiny.parameters()["text_encoder"], tokens, mask)
+    loop = scale_loop.LoopConfig(
+        tiny.CONFIG.transformer, "float32", tuple(Grid(*pair) for pair in tiny.SCHEDULE), Grid(72, 54), guided=True
+    )
+    settings = tuple(scale_loop.SamplingSettings(3.0, 0.7, 900, 0.97) for _ in tiny.SCHEDULE)
+    sample = jax.jit(scale_loop.sample, static_argnames="loop")
+    code_map, bits = sample(
+        tiny.parameters()["transformer"],
+        encoded,
+        mask.sum(1),
+        scale_loop.image_keys(np.zeros(1, np.uint32)),
+        settings,
+        loop=loop,
+    )
+    for a, b in zip(bits, expected.bits, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(code_map, expected.images, atol=1e-5)
+
+
+def test_programs_compile_once_for_all_prompts_seeds_and_settings():
+    generate("a red cat")
+    pipe = tiny.pipeline()
+    before = len(pipe.programs)
+    out = generate("a blue dog", seed=123, guidance_scale=2.5, temperature=1.3, top_k=0, top_p=0.5)
+    assert len(pipe.programs) == before
+    assert out.timings.compile == 0.0
+    assert len(out.timings.scales) == 3
+    assert out.timings.total == out.timings.text + sum(out.timings.scales) + out.timings.decode
+    assert min(out.timings.text, *out.timings.scales, out.timings.decode) > 0
+
+
+def test_callback_sees_every_scale():
+    seen = []
+    generate("a cat", callback_on_scale_end=lambda scale, num_scales: seen.append((scale, num_scales)))
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_height_and_width_choose_the_nearest_size_and_say_so():
+    pipe = tiny.pipeline()
+    with pytest.warns(UserWarning, match=r"generating 32x32 \(height x width\), the nearest size to 30x33"):
+        out = pipe("a cat", height=30, width=33, output_type="latent")
+    assert out.images.shape == (1, 16, 16, 4)
+
+
+def test_reconstruction_has_the_size_of_the_nearest_template():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    assert tiny.pipeline().reconstruct(image).size == (44, 22)
+    assert tiny.pipeline().reconstruct(image.convert("L")).mode == "RGB"
+
+
+def test_bfloat16_stays_close_to_float32():
+    """The stated tolerance: logits differ by at most 3 % (root mean square) at every scale, bits forced."""
+    reference = generate("a cat", trace=True)
+    pipe = InfinityPipeline(
+        tiny.CONFIG,
+        tiny.parameters("bfloat16"),
+        dtype="bfloat16",
+        tokenizer=tiny.pipeline().tokenizer,
+    )
+    low = pipe("a cat", scale_schedule=tiny.SCHEDULE, output_type="np", trace=True, forced_bits=reference.bits)
+    for a, b in zip(low.trace.scales, reference.trace.scales, strict=True):
+        difference = np.linalg.norm(a.logits_raw - b.logits_raw) / np.linalg.norm(b.logits_raw)
+        assert 0 < difference < 0.03
+    assert np.abs(low.images.astype(int) - reference.images.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to draw: pass a prompt, or text_features in its place"),
+        ({"prompt": "  "}, "the prompt is empty: describe the image in at least one word"),
+        ({"prompt": []}, "prompt is an empty list: pass at least one text"),
+        ({"prompt": "a", "text_features": [tiny.features(3)]}, "pass prompt or features in its place, not both"),
+        ({"text_features": []}, r"text features are empty: pass one \[tokens, channels\] array per image"),
+        (
+            {"text_features": [np.zeros((3, 5))]},
+            r"text features 0 must have the shape \[tokens, 128\], got \[3, 5\]",
+        ),
+        ({"text_features": [tiny.features(33)]}, "text features 0 must have 1 to 32 tokens, got 33"),
+        ({"text_features": [tiny.features(2) * np.nan]}, "text features 0 holds values that are not finite"),
+        ({"prompt": "a", "policy": "sparse"}, "unknown policy 'sparse': choose one of dense"),
+        ({"prompt": "a", "output_type": "jpg"}, "unknown output_type 'jpg': choose one of pil, np, latent"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"prompt": "a", "height": 32}, "height and width belong together"),
+        ({"prompt": "a", "height": 32, "width": 0}, "height and width must be positive, got 32 and 0"),
+        (
+            {"prompt": "a", "height": 32, "width": 32, "aspect_ratio": 1.0},
+            "aspect_ratio contradicts height and width",
+        ),
+        (
+            {"prompt": "a", "scale_schedule": None, "aspect_ratio": 9.0},
+            r"no aspect ratio near 9 .* from 0.333 to 3.0",
+        ),
+        (
+            {"prompt": "a", "scale_schedule": None, "pixels": "4M"},
+            "unknown pixel budget '4M': choose one of 0.06M",
+        ),
+        ({"prompt": "a", "scale_schedule": [(2, 2)]}, r"scale_schedule must start with the grid \(1, 1\)"),
+        (
+            {"prompt": "a", "scale_schedule": [(1, 1), (0, 2)]},
+            r"a grid is a pair of positive sides .* got \(0, 2\)",
+        ),
+        ({"prompt": "a", "scale_schedule": [(1, 1)] * 16}, "scale_schedule has 16 scales but the model knows 15"),
+        ({"prompt": "a", "temperature": 0.0}, "temperature must be above 0, got 0.0: use top_k=1 for greedy"),
+        ({"prompt": "a", "guidance_scale": [1.0, 2.0]}, "guidance_scale must be one number or 3 of them, one per"),
+        ({"prompt": "a", "guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
+        ({"prompt": "a", "top_p": 1.5}, r"top_p must lie between 0 \(off\) and 1, got 1.5"),
+        ({"prompt": "a", "top_k": -1}, r"top_k must be 0 \(off\) or positive, got -1"),
+        ({"prompt": "a", "guidance_layer": -2}, r"guidance_layer must be 0 \(on the logits\) or from -1 to -1"),
+        ({"prompt": "a", "seed": [1, 2]}, "got 2 seeds for 1 images: pass one number or one seed per image"),
+        ({"prompt": "a", "seed": -1}, r"seeds must lie between 0 and 2\*\*32 - 1, got -1"),
+        ({"prompt": "a", "guidance_scale": 1.0, "negative_prompt": "b"}, "a negative prompt needs guidance"),
+        (
+            {"prompt": ["a"] * 3, "negative_prompt": ["b"] * 2},
+            "got 2 negative prompts for 3 prompts: pass one, or",
+        ),
+        ({"prompt": "a", "forced_bits": [None] * 4}, "forced_bits has 4 entries for 3 scales: pass at most one"),
+        (
+            {"prompt": "a", "forced_bits": [np.zeros((1, 2, 1, 4))]},
+            r"forced_bits\[0\] must have the shape \[1, 1, 1, 4\]",
+        ),
+        (
+            {"prompt": "a", "forced_bits": [np.full((1, 1, 1, 4), 2)]},
+            r"forced_bits\[0\] holds other values than 0 and",
+        ),
+        (
+            {"prompt": "a", "sampling_draws": [np.ones(3)]},
+            r"sampling_draws\[0\] must have the shape \[1, 1, 4, 2\]",
+        ),
+        (
+            {"prompt": "a", "sampling_draws": [-np.ones((1, 1, 4, 2))]},
+            r"sampling_draws\[0\] must hold Exp\(1\) draws",
+        ),
+    ],
+)
+def test_bad_calls_name_the_remedy(arguments, message):
+    with pytest.raises(InputError, match=message):
+        generate(**arguments)
+
+
+def test_a_checkpoint_without_text_encoder_says_what_to_do():
+    config = CheckpointConfig(tiny.CONFIG.transformer, tiny.CONFIG.vae, defaults=tiny.CONFIG.defaults)
+    with pytest.raises(
+        InputError, match="no text encoder: convert again with --text_encoder, or pass text_features"
+    ):
+        InfinityPipeline(config, tiny.parameters(), dtype="float32")("a cat")
+
+
+def test_out_of_device_memory_is_explained(monkeypatch):
+    def run_out_of_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
+
+    generate("a cat")
+    monkeypatch.setattr(tiny.pipeline().programs, "run", run_out_of_memory)
+    with pytest.raises(InputError, match="out of device memory: generate fewer images at once, choose a smaller"):
+        generate("a cat")
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning():
+    with pytest.warns(UserWarning, match="the prompt has 41 tokens and the text encoder reads 32"):
+        generate("cat " * 40)
