@@ -238,10 +238,25 @@ def test_attention_for_training_equals_that_of_generation_and_has_a_gradient(sid
     assert (np.asarray(gradient[:, 1:]) == 0).all()
 
 
+def test_fresh_weights_keep_the_size_of_what_passes_through():
+    shapes = {"conv": {"kernel": (3, 3, 64, 32), "bias": (32,)}, "norm": {"scale": (8,)}, "log_scale": (2,)}
+    skeleton = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    first, again, other = (training.fresh_parameters(skeleton, seed) for seed in (0, 0, 1))
+    assert first["conv"]["kernel"].std() == pytest.approx((3 * 3 * 64) ** -0.5, rel=0.05)
+    assert first["conv"]["kernel"].dtype == np.float32
+    assert not first["conv"]["bias"].any()
+    assert (first["norm"]["scale"] == 1).all()
+    np.testing.assert_allclose(np.exp(first["log_scale"]), 4, rtol=1e-6)
+    assert (first["conv"]["kernel"] == again["conv"]["kernel"]).all()
+    assert (first["conv"]["kernel"] != other["conv"]["kernel"]).any()
+
+
 def test_dropped_captions_do_not_matter():
     config = dataclasses.replace(training.load_config(CONFIGS / "tiny.json"), caption_dropout=1.0)
     schedule = train_vae.schedule_of(config)[:3]
-    parameters = train_transformer.initial_parameters(config)
+    parameters = jax.tree.map(jnp.asarray, train_transformer.initial_parameters(config))
     pairs = train_transformer.SelfCorrection(inputs=[jnp.zeros((2, *grid, 8)) for grid in schedule[1:]], labels=[])
     tokens = dataset.encode_captions(["a red car", "a blue dog"])
 

@@ -1,6 +1,7 @@
 """The stages of a training run: what each trains, from what, what it measures, and the checkpoint of the whole."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def define_stage(name: str, config: TrainingConfig, workdir: pathlib.Path, atlas
             atlas,
             detector_stored,
             workdir / "detector.safetensors",
-            lambda: training.fresh_parameters(detector.Detector, detector.CONFIG, seed=0),
+            lambda: training.fresh_parameters(detector_stored, seed=0),
         )
     if name == "vae":
         return Stage(
@@ -81,7 +82,7 @@ def define_stage(name: str, config: TrainingConfig, workdir: pathlib.Path, atlas
             train_vae.VAEConstants(atlas, detector_stored),
             vae_stored,
             workdir / "vae.safetensors",
-            lambda: training.fresh_parameters(BSQVAE, config.model.vae, seed=0),
+            lambda: training.fresh_parameters(vae_stored, seed=0),
         )
     if name in ("prefix", "transformer"):
         scales = config.prefix_scales if name == "prefix" else len(train_vae.schedule_of(config))
@@ -116,7 +117,7 @@ def load_constants(name: str, workdir: pathlib.Path, stage: Stage) -> PyTree:
 
 def compile_step(stage: Stage, scenes: dataset.SceneBatch) -> training.Step:
     """The stage's training step, compiled for these scenes; safe to call in a thread beside training."""
-    state = jax.eval_shape(lambda: training.initial_state(stage.settings, stage.fresh()))
+    state = jax.eval_shape(functools.partial(training.initial_state, stage.settings), stage.stored)
     step = training.make_step(stage.settings, stage.loss)
     return step.lower(state, stage.constants, scenes, jax.random.key(0), np.float32(0)).compile()
 

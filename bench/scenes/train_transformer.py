@@ -1,7 +1,7 @@
 """Training of the transformer and its text encoder: bits of every scale, given coarser ones with mistakes."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.extend
@@ -34,27 +34,30 @@ class TransformerConstants(NamedTuple):
 def initial_parameters(config: TrainingConfig) -> Parameters:
     """Fresh parameters of the transformer and the text encoder, under "transformer" and "text_encoder".
 
-    The modules' own initial values suit conversion; for training from nothing, gates start open, residual branches
-    small, and the inputs of the first block at comparable size.
+    Gates start open, residual branches small, and what is added to the tokens or read as text at comparable size.
     """
-    model = config.model
-    transformer: dict[str, Any] = fresh_parameters(Infinity, model.transformer, seed=1)
-    branch = (2 * model.transformer.depth) ** -0.5
+    text_config = config.model.text_encoder
+    assert text_config is not None  # a run trains one
+    fresh = fresh_parameters(skeletons(config, "float32"), seed=0)
+    transformer, text_encoder = fresh["transformer"], fresh["text_encoder"]
+    branch = (2 * config.model.transformer.depth) ** -0.5
     for block in transformer["blocks"].values():
-        block["modulation"] = block["modulation"].at[:2].add(0.5)
+        block["modulation"][:2] += 0.5
         block["self_attention"]["output"]["kernel"] *= branch
         block["cross_attention"]["output"]["kernel"] *= branch
         block["mlp"]["down"]["kernel"] *= branch
     transformer["head"]["kernel"] *= 0.3
-    transformer["word_embedding"]["kernel"] *= 3.0
-    for name in ("unconditional_features", "level_embedding"):
-        transformer[name] *= 5.0
-    text_encoder: dict[str, Any] = fresh_parameters(T5Encoder, model.text_encoder, seed=2)
-    text_encoder["relative_attention_bias"] *= 0.1
+    transformer["word_embedding"]["kernel"] *= 3
+    transformer["text_pool"]["query"] *= 5
+    transformer["level_embedding"] *= 5
+    transformer["unconditional_features"] *= 50
+    text_encoder["token_embedding"] *= 50
     for block in text_encoder["blocks"].values():
+        # T5 does not scale its logits.
+        block["attention"]["query"]["kernel"] *= text_config.head_dim**-0.5
         block["attention"]["output"]["kernel"] *= 0.5
         block["mlp"]["down"]["kernel"] *= 0.5
-    return {"transformer": transformer, "text_encoder": text_encoder}
+    return fresh
 
 
 def skeletons(config: TrainingConfig, dtype: str) -> dict[str, Parameters]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bench.scenes.dataset import SceneBatch
+from toprovar_jax.checkpoint import flatten, unflatten
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.models.skeleton import Parameters
 
@@ -100,14 +101,25 @@ Loss = Callable[[Parameters, SceneBatch, Key[Array, ""]], tuple[Float[Array, ""]
 Step = Callable[[TrainState, PyTree, SceneBatch, Key[Array, ""], float], tuple[TrainState, dict[str, Array]]]
 
 
-def fresh_parameters(model: Callable[..., nnx.Module], config: Any, seed: int) -> Parameters:
-    """A model's float32 parameters as its own initialisers draw them."""
+def fresh_parameters(skeleton: Parameters, seed: int) -> Any:
+    """Float32 parameters to start from: kernels of variance 1/fan-in, neutral norms, zero biases, the rest small.
 
-    @jax.jit
-    def initialize() -> Parameters:
-        return nnx.to_pure_dict(nnx.state(model(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))))
+    Drawn on the host, where it takes no time: a device would compile every shape on its own.
+    """
+    generator = np.random.default_rng(seed)
 
-    return initialize()
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name == "scale":
+            return np.ones(shape, np.float32)
+        if name == "log_scale":
+            return np.full(shape, math.log(4), np.float32)
+        if name.endswith("bias"):
+            return np.zeros(shape, np.float32)
+        deviation = math.prod(shape[:-1]) ** -0.5 if name == "kernel" else 0.02
+        return (deviation * generator.standard_normal(shape)).astype(np.float32)
+
+    leaves = flatten(skeleton)
+    return unflatten({path: draw(path.split("/")[-1], leaf.shape) for path, leaf in leaves.items()})
 
 
 def initial_state(config: StageConfig, parameters: Parameters) -> TrainState:
