@@ -1,0 +1,183 @@
+"""Speed of attention with entropy against its alternatives, over every scale of Infinity 2B and 8B.
+
+    python -m bench.attention --out bench/results/attention_h200.json
+
+Kernel times are CUPTI's (the sum of all kernels of a call, no launch gaps), the arms of a shape interleaved, in
+one process. PyTorch's attention runs in a process of its own by CUDA-graph replay: compare it with more caution.
+The kernel reads the padded cache of the model (`kv_length` below its capacity); the other arms get arrays of
+exactly the valid length, without a charge for cutting them out.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import flash_attention_entropy
+
+SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)  # token grids of a square 1M image
+HEADS = {"2b": 16, "8b": 28}
+BATCH, HEAD_DIM = 2, 128  # guidance: a conditional and an unconditional row
+SCALE = HEAD_DIM**-0.5
+ARMS = ("kernel with entropy", "kernel", "cuDNN", "cuDNN, entropy by identity", "materialised entropy")
+
+Attention = Callable[..., Any]
+Shape = tuple[int, int, int]  # heads, q_tokens, kv_length
+
+
+def shapes(heads: int) -> list[Shape]:
+    """(heads, q_tokens, kv_length) of every scale."""
+    areas = [side * side for side in SIDES]
+    return [(heads, area, sum(areas[: index + 1])) for index, area in enumerate(areas)]
+
+
+def materialised(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output and entropy by way of the matrix of weights, as a model without a kernel would."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * SCALE
+    log_weights = jax.nn.log_softmax(logits, axis=-1)
+    weights = jnp.exp(log_weights)
+    output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+    return output, -jnp.sum(weights * log_weights, axis=-1)
+
+
+def arms(shape: Shape) -> dict[str, tuple[Attention, tuple[jax.Array, ...]]]:
+    """Every arm of a shape: its function and its arguments."""
+    heads, q_tokens, kv_length = shape
+    capacity = sum(side * side for side in SIDES)
+    capacity += -capacity % 8
+    keys = jax.random.split(jax.random.key(q_tokens), 3)
+
+    def normal(key: jax.Array, tokens: int) -> jax.Array:
+        return jax.random.normal(key, (BATCH, tokens, heads, HEAD_DIM), jnp.bfloat16)
+
+    query, *cache = normal(keys[0], q_tokens), normal(keys[1], capacity), normal(keys[2], capacity)
+    valid = [x[:, :kv_length] for x in cache]
+    kernel = functools.partial(
+        flash_attention_entropy, scale=SCALE, kv_length=kv_length, implementation="mosaic_gpu"
+    )
+    cudnn = functools.partial(jax.nn.dot_product_attention, scale=SCALE, implementation="cudnn")
+    identity = functools.partial(flash_attention_entropy, scale=SCALE, implementation="cudnn")
+    functions = (kernel, functools.partial(kernel, return_entropy=False), cudnn, identity, materialised)
+    arguments = [(query, *cache)] * 2 + [(query, *valid)] * 3
+    return dict(zip(ARMS, zip(functions, arguments, strict=True), strict=True))
+
+
+def measure(shape: Shape, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` calls of every arm, the arms taking turns."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    cupti = profiler.Cupti(finalize=False)
+    described = arms(shape)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda arm: jax.jit(arm[0]).lower(*arm[1]).compile(), described.values()))
+    timed = {
+        name: (cupti.measure(function), arguments)
+        for (name, (_, arguments)), function in zip(described.items(), compiled, strict=True)
+    }
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(repeats):
+        for name, (call, arguments) in timed.items():
+            times[name].append(call(*arguments)[1])
+    return times
+
+
+def row(model: str, shape: Shape, arm: str, milliseconds: list[float]) -> dict[str, Any]:
+    """One line of the table: median, the interval that holds nine tenths of the calls, and throughput."""
+    heads, q_tokens, kv_length = shape
+    median = statistics.median(milliseconds)
+    cuts = statistics.quantiles(milliseconds, n=20, method="inclusive")
+    return {
+        "model": model,
+        "heads": heads,
+        "q_tokens": q_tokens,
+        "kv_length": kv_length,
+        "arm": arm,
+        "median_ms": median,
+        "interval_ms": [cuts[0], cuts[-1]],
+        "tflops": 4 * BATCH * heads * q_tokens * kv_length * HEAD_DIM / median / 1e9,
+    }
+
+
+def environment(commit: str | None) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    commit = (
+        _COMMIT.value
+        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    )
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    return {
+        "command": " ".join(["python", "-m", "bench.attention", *sys.argv[1:]]),
+        "commit": commit,
+        "device": driver,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "timing": "CUPTI, kernels of a call summed, arms interleaved; torch: CUDA-graph replay",
+    }
+
+
+def torch_rows(repeats: int) -> list[dict[str, Any]]:
+    """PyTorch's attention over the same shapes, from a process of its own."""
+    listed = [(model, *shape) for model, heads in HEADS.items() for shape in shapes(heads)]
+    command = [sys.executable, "-m", "bench.attention_torch", json.dumps(listed), str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout)
+    return [row(model, tuple(shape), arm, times) for model, shape, arm, times in measured]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Microseconds by shape and arm, and cuDNN's time over the kernel's."""
+    names = list(dict.fromkeys(item["arm"] for item in rows))
+    lines = [f"{'model':<6}{'queries':>8}{'keys':>7}  " + "".join(f"{name:>28}" for name in names)]
+    sums: dict[str, dict[str, float]] = {model: dict.fromkeys(names, 0.0) for model in HEADS}
+    by_shape: dict[tuple[Any, ...], dict[str, float]] = {}
+    for item in rows:
+        shape = (item["model"], item["q_tokens"], item["kv_length"])
+        by_shape.setdefault(shape, {})[item["arm"]] = item["median_ms"]
+        sums[item["model"]][item["arm"]] += item["median_ms"]
+    entries = [*by_shape.items(), *(((model, "all", ""), total) for model, total in sums.items())]
+    for (model, queries, keys), times in entries:
+        cells = "".join(f"{times.get(name, float('nan')) * 1e3:>28.1f}" for name in names)
+        ratio = times["cuDNN"] / times["kernel with entropy"]
+        cost = times["kernel with entropy"] / times["kernel"] - 1
+        lines.append(f"{model:<6}{queries:>8}{keys:>7}  {cells}  cuDNN/kernel {ratio:.3f}, entropy {cost:+.1%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Times everything, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of every arm")
+    parser.add_argument("--commit", help="commit to record; asked of git by default")
+    options = parser.parse_args()
+    rows = []
+    for model, heads in HEADS.items():
+        for shape in shapes(heads):
+            for arm, times in measure(shape, options.repeats).items():
+                rows.append(row(model, shape, arm, times))
+    rows += torch_rows(options.repeats)
+    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    with open(options.out, "w", encoding="utf-8") as file:
+        json.dump({**environment(options.commit), "rows": rows}, file, indent=1)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    # Leaves room on the card for PyTorch's process.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    main()
