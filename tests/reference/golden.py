@@ -226,7 +226,7 @@ def assert_matches_bfloat16(run: Run, actual: Mapping[str, np.ndarray], toleranc
 def relative_error(computed: np.ndarray, expected: np.ndarray) -> float:
     """Worst difference, absolute or, where the expected value is above 1, relative to it."""
     computed = np.asarray(computed, np.float64)
-    assert np.isfinite(computed).all()
+    assert np.isfinite(computed).all(), "not finite"
     return float(np.max(np.abs(computed - expected) / np.maximum(1, np.abs(expected))))
 
 
