@@ -150,10 +150,10 @@ def test_own_draws_follow_the_generator():
     def generate(seed):
         records = model.generate(
             tensors(run.text_features),
-            schedule=run.schedule,
+            schedule=run.schedule[:2],
             rope_grid=Grid(4, 4),
-            guidance_scale=(1.0,) * 4,
-            temperature=(1.0,) * 4,
+            guidance_scale=(1.0,) * 2,
+            temperature=(1.0,) * 2,
             generator=torch.Generator().manual_seed(seed),
         )
         return records[-1].bits
