@@ -1,0 +1,150 @@
+"""The command: files it writes, what it prints, and one line with exit code 2 for every mistake."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from tests import tiny
+from toprovar_jax import checkpoint, command_line, generate
+from toprovar_jax.manifest import load_manifest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    checkpoint.save(path, tiny.CONFIG, tiny.parameters(), dtype="float32", tokenizer=tiny.tokenizer_json())
+    return path
+
+
+def run_command(*arguments, cache):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "toprovar_jax.generate", *(str(part) for part in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_two_runs_write_identical_pixels_and_the_second_is_warm(folder, tmp_path):
+    arguments = ("--checkpoint", folder, "--prompt", "a red cat", "--seed", 5, "--num_images", 2)
+    runs = [run_command(*arguments, "--output_dir", tmp_path / out, cache=tmp_path / "cache") for out in "ab"]
+    compile_seconds = []
+    for run, out in zip(runs, "ab", strict=True):
+        assert run.returncode == 0, run.stderr
+        lines = run.stdout.splitlines()
+        assert lines[:2] == [str(tmp_path / out / f"image_0000_seed_{seed}.png") for seed in (5, 6)]
+        timings = re.fullmatch(
+            r"cold: compile ([\d.]+) s \| warm: text .*, 7 scales .*, decode .*, total .*", lines[2]
+        )
+        assert timings
+        compile_seconds.append(float(timings[1]))
+        assert "7/7" in run.stderr
+    assert compile_seconds[1] < compile_seconds[0]
+    assert any((tmp_path / "cache" / "toprovar_jax" / "xla").iterdir())
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "image_0000_seed_5.png",
+        "image_0000_seed_6.png",
+    ]
+    expected = tiny.pipeline()("a red cat", seed=5, num_images_per_prompt=2, output_type="np").images
+    for i, seed in enumerate((5, 6)):
+        images = [Image.open(tmp_path / out / f"image_0000_seed_{seed}.png") for out in "ab"]
+        np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(images[1]))
+        np.testing.assert_array_equal(np.asarray(images[0]), expected[i])
+        assert images[0].text == {
+            "prompt": "a red cat",
+            "seed": str(seed),
+            "guidance_scale": "3.0",
+            "temperature": "0.7",
+            "pixels": "0.06M",
+            "size": "32x32",
+            "dtype": "float32",
+            "checkpoint": load_manifest(folder).digest,
+        }
+
+
+@pytest.fixture
+def run_here(capsys):
+    """Runs the command in this process, where it must end with one line on standard error."""
+
+    def run(*arguments):
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+            command_line.run(generate.main, ["generate", *(str(part) for part in arguments)])
+        flags.FLAGS.unparse_flags()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        return stopped.value.code, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "pass what to draw with --prompt TEXT or --prompt_file FILE, one of the two"),
+        (
+            ["--prompt", "a", "--prompt_file", "b"],
+            "pass what to draw with --prompt TEXT or --prompt_file FILE, one of",
+        ),
+        (["--prompt", " "], "the prompt is empty: say what to draw"),
+        (["--prompt_file", "missing.txt"], "cannot read the prompts of missing.txt as UTF-8 text"),
+        (["--prompt", "a"], "no checkpoint: pass --checkpoint DIR, a folder written by `python -m convert`"),
+        (["--prompt", "a", "--checkpoint", "nowhere"], "no checkpoint folder at nowhere: make one with"),
+        (["--prompt", "a", "--colour", "red"], "Unknown command line flag 'colour'"),
+        (["--prompt", "a", "--seed", "x"], "flag --seed=x"),
+        (
+            ["--prompt", "a", "--dtype", "float16"],
+            "flag --dtype=float16: value should be one of <float32|bfloat16>",
+        ),
+        (["a cat"], "unexpected argument 'a cat': every input is given by a flag; see --help"),
+    ],
+)
+def test_mistakes_end_in_one_line(run_here, arguments, message, tmp_path):
+    code, error = run_here("--output_dir", tmp_path, *arguments)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pixels", "9M"], "unknown pixel budget '9M': choose one of 0.06M, 0.25M, 0.60M, 1M"),
+        (["--aspect_ratio", "20"], "no aspect ratio near 20 (height / width): choose one from 0.333 to 3.0"),
+        (["--height", "64"], "height and width belong together: pass both, or aspect_ratio instead"),
+        (["--num_images", "0"], "num_images_per_prompt must be at least 1, got 0"),
+    ],
+)
+def test_impossible_settings_write_nothing(folder, capsys, arguments, message, tmp_path):
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+        command_line.run(
+            generate.main,
+            ["generate", "--checkpoint", str(folder), "--prompt", "a", "--output_dir", str(tmp_path), *arguments],
+        )
+    flags.FLAGS.unparse_flags()
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert f"error: {message}" in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_is_found_before_anything_is_loaded(run_here, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, error = run_here(
+        "--prompt", "a", "--checkpoint", "nowhere", "--output_dir", tmp_path / "file" / "images"
+    )
+    assert code == 2
+    assert "cannot write to the output folder" in error
+    assert "choose another --output_dir" in error
+
+
+def test_prompt_files_without_prompts_are_refused(run_here, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n  \n")
+    code, error = run_here("--prompt_file", tmp_path / "prompts.txt", "--output_dir", tmp_path)
+    assert code == 2
+    assert "holds no prompt: write one per line" in error
