@@ -50,17 +50,17 @@ def materialised(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[ja
     return output, -jnp.sum(weights * log_weights, axis=-1)
 
 
-def arms(shape: Shape) -> dict[str, tuple[Attention, tuple[jax.Array, ...]]]:
-    """Every arm of a shape: its function and its arguments."""
-    heads, q_tokens, kv_length = shape
+def inputs(heads: int) -> list[jax.Array]:
+    """Query, key and value at the capacity of a cache that holds every scale, padded to a multiple of 8."""
     capacity = sum(side * side for side in SIDES)
-    capacity += -capacity % 8
-    keys = jax.random.split(jax.random.key(q_tokens), 3)
+    shape = (BATCH, capacity + -capacity % 8, heads, HEAD_DIM)
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(heads), 3)]
 
-    def normal(key: jax.Array, tokens: int) -> jax.Array:
-        return jax.random.normal(key, (BATCH, tokens, heads, HEAD_DIM), jnp.bfloat16)
 
-    query, *cache = normal(keys[0], q_tokens), normal(keys[1], capacity), normal(keys[2], capacity)
+def arms(shape: Shape, arrays: list[jax.Array]) -> dict[str, tuple[Attention, tuple[jax.Array, ...]]]:
+    """Every arm of a shape: its compiled function and its arguments."""
+    _, q_tokens, kv_length = shape
+    query, *cache = arrays[0][:, :q_tokens], *arrays[1:]
     valid = [x[:, :kv_length] for x in cache]
     kernel = functools.partial(
         flash_attention_entropy, scale=SCALE, kv_length=kv_length, implementation="mosaic_gpu"
@@ -69,25 +69,23 @@ def arms(shape: Shape) -> dict[str, tuple[Attention, tuple[jax.Array, ...]]]:
     identity = functools.partial(flash_attention_entropy, scale=SCALE, implementation="cudnn")
     functions = (kernel, functools.partial(kernel, return_entropy=False), cudnn, identity, materialised)
     arguments = [(query, *cache)] * 2 + [(query, *valid)] * 3
-    return dict(zip(ARMS, zip(functions, arguments, strict=True), strict=True))
+    compiled = [
+        jax.jit(function).lower(*taken).compile() for function, taken in zip(functions, arguments, strict=True)
+    ]
+    return dict(zip(ARMS, zip(compiled, arguments, strict=True), strict=True))
 
 
-def measure(shape: Shape, repeats: int) -> dict[str, list[float]]:
+def measure(
+    shape_arms: dict[str, tuple[Attention, tuple[jax.Array, ...]]], repeats: int
+) -> dict[str, list[float]]:
     """Milliseconds of `repeats` calls of every arm, the arms taking turns."""
     from jax.experimental.mosaic.gpu import profiler
 
     cupti = profiler.Cupti(finalize=False)
-    described = arms(shape)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda arm: jax.jit(arm[0]).lower(*arm[1]).compile(), described.values()))
-    timed = {
-        name: (cupti.measure(function), arguments)
-        for (name, (_, arguments)), function in zip(described.items(), compiled, strict=True)
-    }
-    times: dict[str, list[float]] = {name: [] for name in timed}
+    times: dict[str, list[float]] = {name: [] for name in shape_arms}
     for _ in range(repeats):
-        for name, (call, arguments) in timed.items():
-            times[name].append(call(*arguments)[1])
+        for name, (function, arguments) in shape_arms.items():
+            times[name].append(cupti.measure(function)(*arguments)[1])
     return times
 
 
@@ -167,8 +165,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for model, heads in HEADS.items():
-        for shape in shapes(heads):
-            for arm, times in measure(shape, options.repeats).items():
+        arrays = inputs(heads)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            prepared = list(pool.map(lambda shape, arrays=arrays: arms(shape, arrays), shapes(heads)))
+        for shape, shape_arms in zip(shapes(heads), prepared, strict=True):
+            for arm, times in measure(shape_arms, options.repeats).items():
                 rows.append(row(model, shape, arm, times))
     rows += torch_rows(options.repeats)
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)

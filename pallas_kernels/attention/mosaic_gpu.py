@@ -464,6 +464,6 @@ def _exact_dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _transposed(ref: Any) -> Any:
-    if hasattr(plgpu, "transpose_ref"):  # jax < 0.11
-        return plgpu.transpose_ref(ref, (1, 0))
-    return ref.transpose((1, 0))
+    if hasattr(ref, "transpose"):
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10
