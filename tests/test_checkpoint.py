@@ -193,6 +193,25 @@ def test_other_format_versions_are_refused(copy):
         load_manifest(copy)
 
 
+def test_parameters_of_other_shapes_are_refused(copy):
+    manifest = load_manifest(copy)
+    for change in ({"mlp_dim": 64}, {"depth": 3}, {"depth": 1}):
+        transformer = dataclasses.replace(CONFIG.transformer, **change)
+        other = dataclasses.replace(manifest, config=dataclasses.replace(CONFIG, transformer=transformer))
+        (copy / "manifest.json").write_text(other.to_text())
+        with pytest.raises(CheckpointError, match=r"transformer holds other parameters than .*: convert again"):
+            checkpoint.load_parameters(copy, "transformer")
+
+
+def test_files_that_cannot_be_opened_say_so(copy, monkeypatch):
+    def refuse(path, _):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(FileRecord, "of", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer\.json: Permission denied; copy it again"):
+        checkpoint.load_tokenizer(copy)
+
+
 def test_a_missing_component_says_how_to_get_it(tmp_path):
     checkpoint.save(tmp_path / "out", WITHOUT_TEXT, random_parameters(WITHOUT_TEXT), dtype="float32")
     with pytest.raises(CheckpointError, match="no text encoder: convert again with --text_encoder"):

@@ -189,9 +189,12 @@ def _dtype_name(dtype: DTypeLike) -> str:
     return name
 
 
+def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten(parameters).items()}
+
+
 def _check_fit(component: Component, parameters: Parameters, target: Parameters) -> None:
-    wanted = {path: leaf.shape for path, leaf in flatten(target).items()}
-    given = {path: tuple(leaf.shape) for path, leaf in flatten(parameters).items()}
+    wanted, given = _shapes(target), _shapes(parameters)
     if wanted != given:
         wrong = sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path))
         raise CheckpointError(f"the {component} parameters do not fit the configuration: {', '.join(wrong)}")
@@ -258,5 +261,10 @@ def _read_component(folder: Path, target: Parameters) -> Parameters:
     )
     arguments = ocp.args.PyTreeRestore(_with_text_keys(target), restore_args=_with_text_keys(restore_args))
     with ocp.Checkpointer(_handler()) as checkpointer:
+        stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        if _shapes(stored) != _shapes(target):
+            raise CheckpointError(
+                f"{folder} holds other parameters than this version of the program needs: convert again"
+            )
         restored = checkpointer.restore(folder.absolute(), arguments)
     return unflatten(flatten(restored))

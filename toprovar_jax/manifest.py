@@ -139,16 +139,16 @@ def verify(folder: Path, records: Sequence[FileRecord]) -> None:
     """Compares files with their records.
 
     Raises:
-      CheckpointError: a file has other bytes.
+      CheckpointError: files have other bytes or cannot be read.
     """
     with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-        for record, found in zip(
-            records,
-            pool.map(lambda record: FileRecord.of(folder / record.name, record.name), records),
-            strict=True,
-        ):
-            if found != record:
-                raise damaged(folder, f"{record.name} does not match its SHA-256")
+        found = pool.map(lambda record: FileRecord.of(folder / record.name, record.name), records)
+        try:
+            changed = [record.name for record, actual in zip(records, found, strict=True) if record != actual]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {error.filename}: {error.strerror}; copy it again") from error
+    if changed:
+        raise damaged(folder, f"{', '.join(changed)}: not the recorded SHA-256")
 
 
 def damaged(folder: Path, what: str) -> CheckpointError:

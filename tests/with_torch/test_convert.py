@@ -16,6 +16,7 @@ from bench import synthetic_checkpoint
 from convert import architecture, conversion, names
 from convert.readers import Weights, read_weights
 from convert.reference import bsq_vae, infinity
+from tests.reference import golden
 from tests.reference.parameters import infinity_parameters, vae_parameters
 from toprovar_jax import checkpoint
 from toprovar_jax.config import (
@@ -70,7 +71,8 @@ def map_infinity(found):
 
 
 def map_vae(found):
-    config = dataclasses.replace(CONFIG, vae=architecture.vae_config(found))
+    vae = architecture.vae_config(found)
+    config = CheckpointConfig(dataclasses.replace(CONFIG.transformer, code_dim=vae.code_dim), vae)
     return checkpoint.flatten(conversion.map_parameters(found, config, "vae"))
 
 
@@ -170,6 +172,22 @@ def test_the_t5_table_is_a_bijection_onto_the_transformers_module():
     config = CheckpointConfig(ARCHITECTURES["infinity_2b"], VAEConfig(code_dim=32), T5Config())
     table = conversion.official_names(found, config, "text_encoder")
     assert_bijection(table, tensors, shapes_of(config, "text_encoder"))
+
+
+def test_the_state_of_the_official_modules_is_accepted(tmp_path):
+    """The golden states were saved by the published code itself."""
+    config, state = golden.load_state()
+    found = weights({name: torch.from_numpy(x) for name, x in state.items()}, tmp_path)
+    vae = dataclasses.replace(golden.VAE_CONFIG, code_dim=config.code_dim)
+    assert architecture.infinity_config(found, vae, rope_mode=2, level_embedding_per_chunk=False) == config
+    mapped = conversion.map_parameters(found, CheckpointConfig(config, vae), "transformer")
+    assert_equal(checkpoint.flatten(mapped), checkpoint.flatten(infinity_parameters(config, "float32", state)))
+
+    vae_state = golden.vae_golden().state
+    assert_equal(
+        map_vae(weights({name: torch.from_numpy(x) for name, x in vae_state.items()}, tmp_path)),
+        checkpoint.flatten(vae_parameters(golden.VAE_CONFIG, "float32", vae_state)),
+    )
 
 
 # Layouts of files.
