@@ -12,14 +12,14 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m convert --transformer $(DEMO)/official/transformer.pth --vae $(DEMO)/official/vae.pth \
 	  --text_encoder $(DEMO)/official/text_encoder --out $(DEMO)/checkpoint --overwrite
 	$(BIN)/python -m toprovar_jax.generate --checkpoint $(DEMO)/checkpoint --prompt "a small synthetic demo" \
-	  --output_dir $(DEMO)/images
+	  --pixels 0.06M --output_dir $(DEMO)/images
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n $(JOBS) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
-# Everything but tests/with_torch: what an interpreter without PyTorch can check.
+# Everything but tests/with_torch, for interpreters that have no PyTorch.
 test-without-torch: $(VENV)/.without-torch
-	$(BIN)/python -m pytest -n $(JOBS) tests --ignore=tests/with_torch
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests --ignore=tests/with_torch
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -30,6 +30,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[convert]"
 	touch $@
 
@@ -39,7 +40,8 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.without-torch: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable . beartype hypothesis psutil pytest pytest-xdist
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . beartype hypothesis optax psutil pytest \
+	  pytest-xdist
 	touch $@
 
 clean:
