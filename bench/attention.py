@@ -67,7 +67,8 @@ def arms(shape: Shape, arrays: list[jax.Array]) -> dict[str, tuple[Attention, tu
     )
     cudnn = functools.partial(jax.nn.dot_product_attention, scale=SCALE, implementation="cudnn")
     identity = functools.partial(flash_attention_entropy, scale=SCALE, implementation="cudnn")
-    functions = (kernel, functools.partial(kernel, return_entropy=False), cudnn, identity, materialised)
+    without = functools.partial(kernel, return_entropy=False)
+    functions: list[Attention] = [kernel, without, cudnn, identity, materialised]
     arguments = [(query, *cache)] * 2 + [(query, *valid)] * 3
     compiled = [
         jax.jit(function).lower(*taken).compile() for function, taken in zip(functions, arguments, strict=True)
