@@ -12,4 +12,4 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # From here on, each call checks shapes and types against the signatures.
-install_import_hook(["toprovar_jax", "convert"], "beartype.beartype")
+install_import_hook(["toprovar_jax", "convert"], "tests.typechecker.check")

@@ -74,7 +74,7 @@ def test_trace_has_guided_rows_only_where_guidance_acts():
 
 
 def test_guidance_of_one_everywhere_equals_no_guidance():
-    off = generate("a cat", guidance_scale=1.0, trace=True)
+    off = generate("a cat", guidance_scale=1, trace=True)
     barely = generate("a cat", guidance_scale=[1.0, 1.0, 1.0 + 1e-6], trace=True)
     for a, b in zip(off.trace.scales, barely.trace.scales, strict=True):
         np.testing.assert_allclose(a.logits_raw[:1], b.logits_raw[:1], atol=1e-4)
