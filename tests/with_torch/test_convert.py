@@ -108,7 +108,7 @@ def assert_bijection(table, tensors, shapes):
 
 
 def shapes_of(config, component):
-    skeleton = checkpoint.skeleton(config, component, "bfloat16")
+    skeleton = checkpoint.skeleton(config, component, "float32")
     return {path: leaf.shape for path, leaf in checkpoint.flatten(skeleton).items()}
 
 
