@@ -5,6 +5,8 @@ import os
 
 from jaxtyping import install_import_hook
 
+from tests import typechecker
+
 # The models here are tiny and compiling dominates: without optimisation it takes a third of the time.
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -12,4 +14,4 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # From here on, each call checks shapes and types against the signatures.
-install_import_hook(["toprovar_jax", "convert"], "tests.typechecker.check")
+install_import_hook(["toprovar_jax", "convert"], f"{typechecker.__name__}.check")
