@@ -74,6 +74,21 @@ def flash_attention_entropy(
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale}")
     name = _chosen(implementation, query, return_entropy)
+    return _run(query, key, value, name=name, scale=scale, kv_length=kv_length, return_entropy=return_entropy)
+
+
+# Jitted, so that a model of many layers lowers each kernel once: lowering one takes a quarter of a second.
+@functools.partial(jax.jit, static_argnames=("name", "scale", "kv_length", "return_entropy"))
+def _run(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    name: str,
+    scale: float,
+    kv_length: int,
+    return_entropy: bool,
+) -> AttentionResult:
     options = {"scale": scale, "kv_length": kv_length, "return_entropy": return_entropy}
     return AttentionResult(*_forward_only(functools.partial(_attention(name), **options))(query, key, value))
 

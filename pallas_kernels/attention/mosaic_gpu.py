@@ -107,7 +107,8 @@ def attention(
 
 
 def _pad_tokens(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+    missing = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
 def _call(
