@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def _attention(name: str) -> Callable[..., tuple[jax.Array, jax.Array | None, ja
 
 
 def _not_for_mosaic_gpu(query: jax.Array) -> str | None:
-    head_dim, kind = query.shape[-1], _device_kind()
+    head_dim, kind = query.shape[-1], _device().device_kind
     if query.dtype == jnp.float32:
         return "it multiplies bfloat16 and float16 only, not float32"
     if head_dim % 16 or head_dim > 256:
@@ -131,23 +131,23 @@ def _not_for_mosaic_gpu(query: jax.Array) -> str | None:
 
 
 def _not_for_cudnn(query: jax.Array) -> str | None:
-    head_dim, kind = query.shape[-1], _device_kind()
+    head_dim, device = query.shape[-1], _device()
     if query.dtype == jnp.float32:
         return "it multiplies bfloat16 and float16 only, not float32"
     if head_dim % 8 or head_dim > 128:
         return f"it needs a head_dim that is a multiple of 8 up to 128, not {head_dim}"
-    if not kind.startswith("NVIDIA"):
-        return f"it needs an NVIDIA GPU, and the device is {kind}"
+    # An abstract device does not know its compute capability: take it for one that serves.
+    if not device.device_kind.startswith("NVIDIA") or float(getattr(device, "compute_capability", 8.0)) < 8.0:
+        return f"it needs an NVIDIA GPU from Ampere on, and the device is {device.device_kind}"
     return None
 
 
-def _device_kind() -> str:
-    """Name of the device that the call is traced for, real or abstract."""
+def _device() -> Any:
+    """The device that the call is traced for, real or abstract."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return abstract.device_kind
+        return abstract
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-    return device.device_kind
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def _checked_kv_length(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int | None) -> int:

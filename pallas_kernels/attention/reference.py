@@ -14,21 +14,25 @@ CHUNK = 1024
 
 
 class _Running(NamedTuple):
-    """What a row knows after some of its keys; x are its logits and every sum runs over the keys seen."""
+    """What a row knows after some of its keys; every sum runs over the keys seen.
 
-    maximum: jax.Array  # max x                      [batch, kv_heads, group, q_tokens]
-    total: jax.Array  # sum exp(x - max)             [batch, kv_heads, group, q_tokens]
-    weighted: jax.Array  # sum exp(x - max) (x - max)   [batch, kv_heads, group, q_tokens]
-    output: jax.Array  # sum exp(x - max) value      [batch, kv_heads, group, q_tokens, head_dim]
+    y are the products of query and keys, x = scale (y - max y) the logits below their maximum. Subtracting before
+    scaling keeps x exactly 0 at the maximum: the other way round a compiler may fuse both into one rounding.
+    """
+
+    maximum: jax.Array  # max y           [batch, kv_heads, group, q_tokens]
+    total: jax.Array  # sum exp(x)        [batch, kv_heads, group, q_tokens]
+    weighted: jax.Array  # sum exp(x) x   [batch, kv_heads, group, q_tokens]
+    output: jax.Array  # sum exp(x) value [batch, kv_heads, group, q_tokens, head_dim]
 
 
 def _observe(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> _Running:
     """The running state of one chunk of keys alone."""
     exact = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
-    logits = dot("btkgd,bskd->bkgts", query, key) * scale
-    maximum = logits.max(axis=-1)
-    shifted = logits - maximum[..., None]
+    products = dot("btkgd,bskd->bkgts", query, key)
+    maximum = products.max(axis=-1)
+    shifted = scale * (products - maximum[..., None])
     weights = jnp.exp(shifted)
     return _Running(
         maximum=maximum,
@@ -38,9 +42,9 @@ def _observe(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -
     )
 
 
-def _move(state: _Running, maximum: jax.Array) -> _Running:
+def _move(state: _Running, maximum: jax.Array, scale: float) -> _Running:
     """Restates the sums relative to another maximum; the second term of `weighted` is easily forgotten."""
-    change = state.maximum - maximum
+    change = scale * (state.maximum - maximum)
     factor = jnp.exp(change)
     return _Running(
         maximum=maximum,
@@ -50,9 +54,9 @@ def _move(state: _Running, maximum: jax.Array) -> _Running:
     )
 
 
-def _merge(left: _Running, right: _Running) -> _Running:
+def _merge(left: _Running, right: _Running, scale: float) -> _Running:
     maximum = jnp.maximum(left.maximum, right.maximum)
-    left, right = _move(left, maximum), _move(right, maximum)
+    left, right = _move(left, maximum, scale), _move(right, maximum, scale)
     return _Running(
         maximum=maximum,
         total=left.total + right.total,
@@ -92,9 +96,9 @@ def attention(
     state = observe(0, min(CHUNK, kv_length))
     full, tail = divmod(kv_length, CHUNK)
     if full > 1:
-        state = jax.lax.fori_loop(1, full, lambda i, seen: _merge(seen, observe(i * CHUNK, CHUNK)), state)
+        state = jax.lax.fori_loop(1, full, lambda i, seen: _merge(seen, observe(i * CHUNK, CHUNK), scale), state)
     if full and tail:
-        state = _merge(state, observe(full * CHUNK, tail))
+        state = _merge(state, observe(full * CHUNK, tail), scale)
 
     output = state.output / state.total[..., None]
     output = output.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
@@ -102,5 +106,5 @@ def attention(
     # The true value is never negative, its rounding can be.
     entropy = jnp.maximum(log_total - state.weighted / state.total, 0.0)
     rows = (batch, heads, q_tokens)
-    logsumexp = (state.maximum + log_total).reshape(rows)
+    logsumexp = (scale * state.maximum + log_total).reshape(rows)
     return output, entropy.reshape(rows) if return_entropy else None, logsumexp
