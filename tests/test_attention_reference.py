@@ -4,6 +4,7 @@ import functools
 import math
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from bench.attention_checks import errors, float64_attention, inputs, require
 from pallas_kernels import AttentionResult, flash_attention_entropy
-from pallas_kernels.attention import cudnn, reference
+from pallas_kernels.attention import api, cudnn, reference
 
 
 def random(*shape: int, dtype=jnp.float32):
@@ -209,7 +210,7 @@ def call(query=(2, 4, 4, 16), key=(2, 8, 4, 16), value=None, dtype=jnp.bfloat16,
         ({"implementation": "triton"}, ValueError, "unknown implementation 'triton': choose one of 'mosaic_gpu'"),
         ({"implementation": "mosaic_gpu"}, ValueError, r"cannot run this call: it needs a Hopper GPU \(H100"),
         ({"implementation": "mosaic_gpu"}, ValueError, "is cpu; implementation=None takes one that can"),
-        ({"implementation": "cudnn"}, ValueError, "it needs an NVIDIA GPU, and the device is cpu"),
+        ({"implementation": "cudnn"}, ValueError, "it needs an NVIDIA GPU from Ampere on, and the device is cpu"),
         ({"implementation": "mosaic_gpu", "dtype": jnp.float32}, ValueError, "float16 only, not float32"),
         ({"implementation": "cudnn", "dtype": jnp.float32}, ValueError, "float16 only, not float32"),
     ],
@@ -217,6 +218,25 @@ def call(query=(2, 4, 4, 16), key=(2, 8, 4, 16), value=None, dtype=jnp.bfloat16,
 def test_bad_input_gives_one_clear_error(arguments, error, message):
     with pytest.raises(error, match=message):
         call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "return_entropy", "chosen"),
+    [
+        ("NVIDIA H200", "9.0", True, "mosaic_gpu"),
+        ("NVIDIA H200", "9.0", False, "mosaic_gpu"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", True, "reference"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", False, "cudnn"),
+        ("NVIDIA B200", "10.0", False, "cudnn"),
+        ("NVIDIA T4", "7.5", False, "reference"),
+        ("AMD Instinct MI300X", "gfx942", False, "reference"),
+        ("TPU v5 lite", "", False, "reference"),
+    ],
+)
+def test_the_automatic_choice(monkeypatch, kind, capability, return_entropy, chosen):
+    device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(api, "_device", lambda: device)
+    assert api._chosen(None, jnp.ones((1, 8, 1, 128), jnp.bfloat16), return_entropy) == chosen
 
 
 def test_a_traced_kv_length_is_refused():
