@@ -1,7 +1,7 @@
 """The detector that scores pictures: finds every object with its noun, colour, place and size.
 
 A small convolutional network gives, for every cell of a stride-8 map, how likely an object's centre is there and
-what the object would be. It is trained on rendered scenes alone; its weights are committed beside this file.
+what the object would be. It is trained on rendered scenes alone; its weights are in `trained/`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from bench.scenes import weights, world
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
 from toprovar_jax.precision import matmul_precision
 
-WEIGHTS_PATH = pathlib.Path(__file__).parent / "detector.safetensors"
+WEIGHTS_PATH = pathlib.Path(__file__).parent / "trained" / "detector.safetensors"
 MIN_CONFIDENCE = 0.4
 _MAX_DETECTIONS = 8
 _NUM_GROUPS = 8

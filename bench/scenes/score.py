@@ -26,7 +26,7 @@ from toprovar_jax import command_line
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.skeleton import Parameters
 
-ACCURACY_PATH = pathlib.Path(__file__).parent / "detector_accuracy.json"
+ACCURACY_PATH = detector.WEIGHTS_PATH.with_name("detector_accuracy.json")
 OVERALL, HELD_OUT = "overall", "held_out"
 _POSITION_THRESHOLD = (
     0.1  # GenEval's: of the two boxes' sides together, how far an offset may go without a relation

@@ -1,0 +1,75 @@
+"""From a training run's weights to a checkpoint, its pictures and their scores, with a tiny untrained model."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench.scenes import assess, prompts, stages, train_transformer, training, weights, world
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.skeleton import abstract_parameters
+from toprovar_jax.pipeline import InfinityPipeline
+
+TINY = training.EMBEDDED_CONFIG.with_name("tiny.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+    """The checkpoint of an untrained run."""
+    folder = tmp_path_factory.mktemp("run")
+    config = training.load_config(TINY)
+    weights.save_parameters(folder / "transformer.safetensors", train_transformer.initial_parameters(config))
+    vae = training.fresh_parameters(abstract_parameters(BSQVAE, config.model.vae, "float32"), seed=0)
+    weights.save_parameters(folder / "vae.safetensors", vae)
+    stages.export_checkpoint(config, folder, folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint) -> InfinityPipeline:
+    return InfinityPipeline.from_pretrained(checkpoint, "float32")
+
+
+def test_every_prompt_gets_its_own_picture_whatever_the_batches(pipeline):
+    asked = prompts.load_prompts("tuning")[:3]
+    first, second = assess.generate(pipeline, asked, seed=7, batch_size=2)
+    assert first.shape == (2, 64, 64, 3)
+    assert second.shape == (1, 64, 64, 3)
+    (others,) = assess.generate(pipeline, asked[1:], seed=8, batch_size=2)
+    assert (np.abs(others.astype(int) - np.stack([first[1], second[0]])) <= 1).all()
+    assert (others[0] != others[1]).any()
+
+
+def test_the_command_prints_the_table_and_writes_json_and_sheet(checkpoint, tmp_path):
+    output = tmp_path / "tables" / "quality"
+    command = [sys.executable, "-m", "bench.quality", f"--checkpoint={checkpoint}", f"--output={output}"]
+    settings = ["--prompts=tuning", "--dtype=float32", "--batch_size=48", "--temperature=1.5"]
+    run = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
+    names = [line.split("  ")[0] for line in run.stdout.splitlines()[1:8]]
+    assert names == [*(task.replace("_", " ") for task in world.TASKS), "overall"]
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["prompts"] == "tuning"
+    assert (record["guidance_scale"], record["temperature"]) == (3.0, 1.5)
+    assert len(record["right"]) == record["scores"]["overall"]["count"] == 144
+    with Image.open(output.with_suffix(".png")) as sheet:
+        assert sheet.size == (4 * 64, 4 * (64 + 32))
+
+
+def test_the_sheet_shows_pictures_in_rows_of_four_with_labels():
+    pictures = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (10, 20, 30, 40, 50)])
+    sheet = np.asarray(assess.draw_sheet(pictures, ["a label of several words"] * 5))
+    assert sheet.shape == (2 * (64 + 32), 4 * 64, 3)
+    assert sheet[10, 3 * 64 + 10].tolist() == [40, 40, 40]
+    assert sheet[64 + 32 + 10, 10].tolist() == [50, 50, 50]
+    assert (sheet[64:96, :64] < 128).any()
+
+
+def test_the_sheet_is_spread_over_the_prompts():
+    asked = prompts.load_prompts("evaluation")
+    order = assess.sheet_order(asked)
+    assert len(set(order)) == 16
+    assert {asked[index].scene.task for index in order} == {prompt.scene.task for prompt in asked}
