@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 
 import jax
