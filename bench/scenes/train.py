@@ -3,9 +3,10 @@
     python -m bench.scenes.train --workdir .checkpoints/scenes --stages detector,vae,prefix,transformer \
       --seconds 80,180,120,240
 
-Needs the sprite pack (`python -m bench.scenes.sprites`) and, for more than a rehearsal, one GPU. Every stage
-starts from its weights in the working folder where there are some, trains for its seconds, and writes its averaged
-weights, a line of log.jsonl now and then, and what it measured. The optimiser starts anew in every chunk.
+Needs the sprite pack (`python -m bench.scenes.sprites`) and, for more than a rehearsal, a GPU; several GPUs share
+the scenes of every step. Every stage starts from its weights in the working folder where there are some, trains
+for its seconds, and writes its averaged weights, a line of log.jsonl now and then, and what it measured. The
+optimiser starts anew in every chunk.
 
 Stages: detector; vae, which measures reconstructions with the detector; prefix, the transformer on its first
 scales; transformer, on all of them. The last two need a tokenizer that passed its gate.
@@ -44,9 +45,16 @@ def main() -> None:
     config = training.load_config(pathlib.Path(_CONFIG.value))
     workdir = pathlib.Path(_WORKDIR.value)
     log = Log(workdir / "log.jsonl")
-    log("start", stages=names, budget=seconds, decay=_DECAY.value, seed=_SEED.value, device=str(jax.devices()[0]))
-    scenes = dataset.training_scenes(config.num_scenes, _SEED.value, processes=min(16, os.cpu_count() or 1))
-    scenes = jax.device_put(scenes)
+    log(
+        "start",
+        stages=names,
+        budget=seconds,
+        decay=_DECAY.value,
+        seed=_SEED.value,
+        devices=[d.device_kind for d in jax.devices()],
+    )
+    processes = min(16, os.cpu_count() or 1)
+    scenes = training.replicate(dataset.training_scenes(config.num_scenes, _SEED.value, processes))
     atlas = render.build_atlas(sprites.load_pack(), config.image_size)
     log("scenes sampled")
 
@@ -66,8 +74,8 @@ def main() -> None:
             state = training.run_chunk(
                 stage.settings,
                 compiled,
-                training.initial_state(stage.settings, parameters),
-                constants,
+                training.replicate(training.initial_state(stage.settings, parameters)),
+                training.replicate(constants),
                 scenes,
                 seed=_SEED.value,
                 seconds=budget,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bench.scenes.dataset import SceneBatch
@@ -132,17 +133,22 @@ def initial_state(config: StageConfig, parameters: Parameters) -> TrainState:
 def make_step(config: StageConfig, loss: Callable[[PyTree], Loss]) -> jax.stages.Wrapped:
     """One compiled training step: draws scenes, AdamW on the loss, moving average of the weights.
 
+    The scenes of a step are spread over all devices; everything else is on each of them (`replicate`).
+
     Args:
       config: the stage.
       loss: given the stage's constants (frozen weights, atlas), the loss to descend.
     """
     optimizer = _optimizer(config)
+    mesh = _mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def step(
         state: TrainState, constants: PyTree, scenes: SceneBatch, key: Key[Array, ""], learning_rate: float
     ) -> tuple[TrainState, dict[str, Array]]:
         draw_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
         rows = jax.random.randint(draw_key, (config.batch_size,), 0, scenes.background.shape[0])
+        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec("batch")))
         batch = jax.tree.map(lambda x: x[rows], scenes)
         (value, numbers), gradients = jax.value_and_grad(loss(constants), has_aux=True)(
             state.parameters, batch, loss_key
@@ -157,7 +163,16 @@ def make_step(config: StageConfig, loss: Callable[[PyTree], Loss]) -> jax.stages
         state = TrainState(parameters, average, optimizer_state, state.step + 1)
         return state, {"loss": value, "gradient_norm": norm, **numbers}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """The arrays on every device."""
+    return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("batch",))
 
 
 def _optimizer(config: StageConfig) -> optax.GradientTransformation:
@@ -197,7 +212,7 @@ def run_chunk(
     Raises:
       FloatingPointError: the loss is no longer finite.
     """
-    key = jax.random.key(seed)
+    key = replicate(jax.random.key(seed))
     start = reported = time.monotonic()
     done = done_then = 0
     while (elapsed := time.monotonic() - start) < seconds:
