@@ -13,16 +13,17 @@ import concurrent.futures
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bench import report
 from pallas_kernels import flash_attention_entropy
 
 SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)  # token grids of a square 1M image
@@ -107,28 +108,6 @@ def row(model: str, shape: Shape, arm: str, milliseconds: list[float]) -> dict[s
     }
 
 
-def environment(commit: str | None) -> dict[str, Any]:
-    """What a reader needs to repeat the run."""
-    commit = (
-        _COMMIT.value
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    )
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return {
-        "command": " ".join(["python", "-m", "bench.attention", *sys.argv[1:]]),
-        "commit": commit,
-        "device": driver,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "timing": "CUPTI, kernels of a call summed, arms interleaved; torch: CUDA-graph replay",
-    }
-
-
 def torch_rows(repeats: int) -> list[dict[str, Any]]:
     """PyTorch's attention over the same shapes, from a process of its own."""
     listed = [(model, *shape) for model, heads in HEADS.items() for shape in shapes(heads)]
@@ -162,7 +141,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of every arm")
-    parser.add_argument("--commit", help="commit to record; asked of git by default")
     options = parser.parse_args()
     rows = []
     for model, heads in HEADS.items():
@@ -173,9 +151,9 @@ def main() -> None:
             for arm, times in measure(shape_arms, options.repeats).items():
                 rows.append(row(model, shape, arm, times))
     rows += torch_rows(options.repeats)
-    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
-    with open(options.out, "w", encoding="utf-8") as file:
-        json.dump({**environment(options.commit), "rows": rows}, file, indent=1)
+    out = Path(options.out)
+    timing = "CUPTI, kernels of a call summed, arms interleaved; torch: CUDA-graph replay"
+    report.write(out.stem, {"timing": timing, "rows": rows}, out.parent)
     print(table(rows))
 
 

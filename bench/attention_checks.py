@@ -14,12 +14,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import report
 from pallas_kernels import AttentionResult, flash_attention_entropy
 
 Array = np.ndarray
@@ -232,14 +234,13 @@ def main() -> None:
     if options.lengths:
         print(json.dumps(check_lengths(options.lengths)))
         return
-    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    found: dict[str, Any] = {}
     for name in options.only:
         found[name] = CHECKS[name]()
         print(name, "holds", json.dumps(found[name])[:300], flush=True)
     if options.out:
-        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+        out = Path(options.out)
+        report.write(out.stem, found, out.parent)
 
 
 if __name__ == "__main__":
