@@ -6,7 +6,7 @@ Source: docs/spec/infinity.md, sections 1 and 6 (the published Infinity code).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from toprovar_jax.errors import InputError
 
@@ -49,7 +49,7 @@ class InfinityConfig:
     patchify: bool = False
     num_chunks: int = 1
     level_embedding_per_chunk: bool = False
-    rope_mode: Literal[0, 1, 2] = 2
+    rope_mode: int = 2
     text_channels: int = 2048
     text_max_length: int = 512
     max_scales: int = 15

@@ -4,8 +4,6 @@ A token at grid index (y, x) is rotated by head_dim/2 angles: the first half are
 second half x times the same frequencies. Pairs are adjacent channels.
 """
 
-from typing import Literal
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -47,7 +45,7 @@ def _axis_tables(
 
 
 def rotation(
-    grid: Grid, final_grid: Grid, head_dim: int, mode: Literal[0, 1, 2]
+    grid: Grid, final_grid: Grid, head_dim: int, mode: int
 ) -> tuple[Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]]:
     """cos and sin of every token of a scale, row-major, with head_dim/2 pairs.
 

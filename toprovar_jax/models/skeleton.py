@@ -17,9 +17,16 @@ from jaxtyping import Array, DTypeLike, PyTree
 Parameters = PyTree  # nested dictionaries, list items keyed by integers, leaves jax arrays
 
 
+class _OneKey(nnx.Rngs):
+    """The same key for every parameter: shapes need no more, and tracing billions of parameters takes a second."""
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
 @functools.lru_cache(maxsize=32)
 def _split_skeleton(model: Callable[..., nnx.Module], config: Any, dtype: str) -> tuple[nnx.GraphDef, Any]:
-    abstract = nnx.eval_shape(lambda: model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: model(config, dtype=jnp.dtype(dtype), rngs=_OneKey(0)))
     graphdef, state = nnx.split(abstract)
     return graphdef, nnx.to_pure_dict(state)
 
