@@ -1,0 +1,77 @@
+"""The loop's shapes for everything that can be asked for, without computing any of it."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from toprovar_jax import scale_loop
+from toprovar_jax.config import VAE_STRIDE_8, VAE_STRIDE_16, InfinityConfig, VAEConfig
+from toprovar_jax.generation import decode_pixels
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.skeleton import abstract_parameters
+from toprovar_jax.schedule import ASPECT_RATIOS, PIXEL_BUDGETS, rope_grid, scale_schedule
+
+PUBLISHED = json.loads((Path(__file__).parent / "golden" / "scale_schedules.json").read_text())["schedules"]
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.mark.parametrize("patchify", [False, True])
+@pytest.mark.parametrize("ratio", ASPECT_RATIOS)
+def test_every_budget_ends_in_the_published_picture_size(ratio, patchify):
+    config = InfinityConfig(
+        depth=1, embed_dim=16, num_heads=2, mlp_dim=16, code_dim=4, patchify=patchify, text_channels=128
+    )
+    levels = (1,) * len(VAE_STRIDE_8 if patchify else VAE_STRIDE_16)
+    vae = VAEConfig(4, base_channels=4, channel_multipliers=levels, num_residual_blocks=1, num_groups=2)
+    params = abstract_parameters(Infinity, config, "float32")
+    vae_params = abstract_parameters(BSQVAE, vae, "float32")
+    for pixels in PIXEL_BUDGETS:
+        schedule = scale_schedule(ratio, pixels)
+        loop = scale_loop.LoopConfig(config, "float32", schedule, rope_grid(ratio), guided=True)
+        features = jax.ShapeDtypeStruct((2, 8, 128), jnp.float32)
+        lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+        context = jax.eval_shape(
+            functools.partial(scale_loop.encode_context, loop=loop), params, features, lengths
+        )
+        state = jax.eval_shape(functools.partial(scale_loop.initial_state, loop, 2))
+        assert state.cache[0].key.shape[1] % 8 == 0
+        keys = jax.eval_shape(scale_loop.image_keys, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        settings = scale_loop.SamplingSettings(SCALAR, SCALAR, jax.ShapeDtypeStruct((), jnp.int32), SCALAR)
+        step = functools.partial(scale_loop.scale_step, loop=loop, scale=len(schedule) - 1, record="logits")
+        after, output = jax.eval_shape(step, params, state, context, keys, settings)
+        assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+        assert output.logits_raw.shape == (4, schedule[-1].size, 2 * config.token_bits)
+        image = jax.eval_shape(
+            functools.partial(decode_pixels, config=vae, dtype="float32"), vae_params, after.code_map
+        )
+        assert list(image.shape) == [2, *PUBLISHED[str(ratio)][pixels]["pixel"], 3]
+
+
+def test_guidance_inside_the_layers_happens_at_its_block_only():
+    """At guidance 1 the halves stay apart; otherwise both go on with the mixture."""
+    config = InfinityConfig(depth=3, embed_dim=16, num_heads=2, mlp_dim=16, code_dim=4, text_channels=128)
+    abstract = abstract_parameters(Infinity, config, "float32")
+    params = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), abstract)
+    schedule = scale_schedule(1.0, "0.06M")[:1]
+    loop = scale_loop.LoopConfig(config, "float32", schedule, rope_grid(1.0), guided=True, guidance_layer=-2)
+    features = jax.random.normal(jax.random.key(1), (1, 8, 128))
+
+    @jax.jit
+    def activations(guidance_scale):
+        context = scale_loop.encode_context(params, features, jnp.array([8]), loop=loop)
+        settings = scale_loop.SamplingSettings(guidance_scale, 1.0, 1, 0.0)
+        keys = scale_loop.image_keys(jnp.zeros(1, jnp.uint32))
+        state = scale_loop.initial_state(loop, 1)
+        step = functools.partial(scale_loop.scale_step, loop=loop, scale=0, record="activations")
+        return step(params, state, context, keys, settings)[1].activations
+
+    apart = [float(jnp.abs(x[0] - x[1]).max()) for x in activations(1.0).values()]
+    mixed = {name: float(jnp.abs(x[0] - x[1]).max()) for name, x in activations(3.0).items()}
+    assert min(apart) > 1e-3
+    assert mixed["block0_out"] > 1e-3
+    assert mixed["block1_out"] == 0.0
