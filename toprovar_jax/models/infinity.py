@@ -117,28 +117,6 @@ def _linear(
     )
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a weight, in float32."""
-
-    def __init__(self, features: int):
-        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
-
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPSILON) * self.scale[...]
-
-
-class AffineLayerNorm(nnx.Module):
-    """LayerNorm with learned scale and shift, computed in float32."""
-
-    def __init__(self, features: int, *, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones(features, dtype))
-        self.bias = nnx.Param(jnp.zeros(features, dtype))
-
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        return layer_norm(x) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-
-
 class TextPool(nnx.Module):
     """Attentive pooling: one learned query looks at the text (section 3.4)."""
 
@@ -244,7 +222,9 @@ class Block(nnx.Module):
         width = config.embed_dim
         self.modulation = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (6, width), dtype))
         self.self_attention = SelfAttention(config, dtype=dtype, rngs=rngs)
-        self.cross_norm = AffineLayerNorm(width, dtype=dtype)
+        self.cross_norm = nnx.LayerNorm(
+            width, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=dtype, use_fast_variance=False, rngs=rngs
+        )
         self.cross_attention = CrossAttention(config, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, config.mlp_dim, width, dtype=dtype, rngs=rngs)
 
@@ -320,7 +300,7 @@ class Infinity(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.config = config
         self.unconditional_features = nnx.Param(normal(rngs.params(), (config.text_max_length, text), jnp.float32))
-        self.text_norm = RMSNorm(text)
+        self.text_norm = nnx.RMSNorm(text, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
         self.text_pool = TextPool(config, dtype=dtype, rngs=rngs)
         self.text_projection = MLP(text, width, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         self.shared_modulation = _linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
