@@ -61,4 +61,6 @@ def sample_classes(
     probabilities: Float[Array, "*batch classes"], draws: Float[Array, "*batch classes"]
 ) -> UInt8[Array, "*batch"]:
     """Draws one class each: argmax of probability / Exp(1) draw, the first one on ties."""
-    return jnp.argmax(probabilities / draws, axis=-1).astype(jnp.uint8)
+    # A draw may be 0, once in millions: a class without probability must not win by 0 / 0 then.
+    scores = jnp.where(probabilities > 0, probabilities / draws, 0.0)
+    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
