@@ -182,6 +182,30 @@ def test_bfloat16_stays_close_to_float32():
     assert np.abs(low.images.astype(int) - reference.images.astype(int)).mean() < 2
 
 
+def test_numbers_may_come_from_numpy_and_jax():
+    settings = {"guidance_scale": [1.0, 2.0, 3.0], "top_k": 0, "guidance_layer": -1, "rope_grid": (64, 64)}
+    plain = generate("a red cat", seed=3, **settings)
+    for number, array in ((np.int64, np.asarray), (np.asarray, jax.numpy.asarray), (jax.numpy.asarray, list)):
+        other = {
+            "guidance_scale": array([1.0, 2.0, 3.0]),
+            "top_k": array([0, 0, 0]),
+            "guidance_layer": np.int64(-1),
+            "rope_grid": np.asarray([64, 64]),
+            "scale_schedule": [list(grid) for grid in tiny.SCHEDULE],
+        }
+        assert_same_bits(plain, generate("a red cat", seed=number(3), **other))
+        assert_same_bits(plain, generate("a red cat", seed=array([3]), **other))
+    assert_same_bits(plain, generate("a red cat", seed=3, **settings, scale_schedule=np.asarray(tiny.SCHEDULE)))
+
+
+def test_draws_may_come_as_rows():
+    shapes = [(1, height * width, 4, 2) for height, width in tiny.SCHEDULE]
+    draws = [np.random.default_rng(0).exponential(size=shape) for shape in shapes]
+    plain = generate("a red cat", sampling_draws=draws)
+    for merged in ((-1, 2), (1, -1, 2)):
+        assert_same_bits(plain, generate("a red cat", sampling_draws=[d.reshape(merged) for d in draws]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -216,16 +240,23 @@ def test_bfloat16_stays_close_to_float32():
         ({"prompt": "a", "scale_schedule": [(2, 2)]}, r"scale_schedule must start with the grid \(1, 1\)"),
         (
             {"prompt": "a", "scale_schedule": [(1, 1), (0, 2)]},
-            r"a grid is a pair of positive sides .* got \(0, 2\)",
+            r"a grid is a pair of positive whole sides .* got \(0, 2\)",
         ),
+        ({"prompt": "a", "scale_schedule": [(1, 1), (2,)]}, r"a grid is a pair of .* got \(2,\)"),
+        ({"prompt": "a", "rope_grid": (1, 64, 64)}, r"a grid is a pair of .* got \(1, 64, 64\)"),
         ({"prompt": "a", "scale_schedule": [(1, 1)] * 16}, "scale_schedule has 16 scales but the model knows 15"),
         ({"prompt": "a", "temperature": 0.0}, "temperature must be above 0, got 0.0: use top_k=1 for greedy"),
         ({"prompt": "a", "guidance_scale": [1.0, 2.0]}, "guidance_scale must be one number or 3 of them, one per"),
+        (
+            {"prompt": "a", "guidance_scale": [np.ones(1), np.ones(2)]},
+            "guidance_scale must be one number or 3 of them",
+        ),
         ({"prompt": "a", "guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
         ({"prompt": "a", "top_p": 1.5}, r"top_p must lie between 0 \(off\) and 1, got 1.5"),
         ({"prompt": "a", "top_k": -1}, r"top_k must be 0 \(off\) or positive, got -1"),
         ({"prompt": "a", "guidance_layer": -2}, r"guidance_layer must be 0 \(on the logits\) or from -1 to -1"),
         ({"prompt": "a", "seed": [1, 2]}, "got 2 seeds for 1 images: pass one number or one seed per image"),
+        ({"prompt": "a", "seed": 1.5}, "seeds must be whole numbers, got 1.5"),
         ({"prompt": "a", "seed": -1}, r"seeds must lie between 0 and 2\*\*32 - 1, got -1"),
         ({"prompt": "a", "guidance_scale": 1.0, "negative_prompt": "b"}, "a negative prompt needs guidance"),
         (
@@ -244,6 +275,10 @@ def test_bfloat16_stays_close_to_float32():
         (
             {"prompt": "a", "sampling_draws": [np.ones(3)]},
             r"sampling_draws\[0\] must have the shape \[1, 1, 4, 2\]",
+        ),
+        (
+            {"prompt": "a", "sampling_draws": [np.ones((1, 4, 1, 2))]},
+            r"sampling_draws\[0\] must have the shape \[1, 1, 4, 2\], got \[1, 4, 1, 2\]",
         ),
         (
             {"prompt": "a", "sampling_draws": [-np.ones((1, 1, 4, 2))]},

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize
 from toprovar_jax.models.skeleton import Parameters, bind
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.programs import Programs, Recipe
+from toprovar_jax.request import GridLike, Numbers
 from toprovar_jax.scale_loop import LoopConfig
 from toprovar_jax.schedule import ScaleSchedule, tokenizer_schedule
 from toprovar_jax.schedule import scale_schedule as tabulated_schedule
@@ -94,16 +95,16 @@ class InfinityPipeline:
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
-        guidance_scale: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
+        seed: Numbers = 0,
+        guidance_scale: Numbers | None = None,
+        temperature: Numbers | None = None,
+        top_k: Numbers | None = None,
+        top_p: Numbers | None = None,
         height: int | None = None,
         width: int | None = None,
         aspect_ratio: float | None = None,
         pixels: str | None = None,
-        guidance_layer: int | None = None,
+        guidance_layer: SupportsIndex | None = None,
         policy: str = "dense",
         output_type: str = "pil",
         trace: bool = False,
@@ -112,8 +113,8 @@ class InfinityPipeline:
         negative_text_features: Sequence[Any] | None = None,
         forced_bits: Sequence[Any] | None = None,
         sampling_draws: Sequence[Any] | None = None,
-        scale_schedule: Sequence[tuple[int, int]] | None = None,
-        rope_grid: tuple[int, int] | None = None,
+        scale_schedule: Sequence[GridLike] | np.ndarray | None = None,
+        rope_grid: GridLike | None = None,
     ) -> PipelineOutput:
         """Generates images.
 
@@ -139,7 +140,8 @@ class InfinityPipeline:
           negative_text_features: the same in place of negative prompts.
           forced_bits: per scale, bits [batch, height, width, code_dim] (a frame axis of 1 may follow batch) to go
             on with instead of the chosen ones; None entries, or fewer entries than scales, leave scales free.
-          sampling_draws: per scale, Exp(1) draws [batch, tokens, bits, 2] in place of the seed's.
+          sampling_draws: per scale, Exp(1) draws [batch, tokens, bits, 2] in place of the seed's; axes before the
+            last may be merged, as in [batch * tokens * bits, 2].
           scale_schedule: token grids (height, width) in place of the tabulated ones.
           rope_grid: grid that positions refer to; by default the last 1M grid of the aspect ratio.
 

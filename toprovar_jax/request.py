@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, UInt8, UInt32
 
 from toprovar_jax.config import CheckpointConfig
@@ -23,6 +25,10 @@ from toprovar_jax.schedule import (
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 POLICIES = ("dense",)
+
+# What callers may pass: numbers of Python, numpy or jax, alone or in lists, tuples or arrays.
+Numbers = ArrayLike | Sequence[ArrayLike]
+GridLike = Sequence[SupportsIndex] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +72,8 @@ def resolve_geometry(
     width: int | None,
     aspect_ratio: float | None,
     pixels: str | None,
-    schedule: Sequence[tuple[int, int]] | None,
-    rope: tuple[int, int] | None,
+    schedule: Sequence[GridLike] | np.ndarray | None,
+    rope: GridLike | None,
 ) -> Geometry:
     """Chooses the grids.
 
@@ -108,9 +114,9 @@ def resolve_geometry(
 
 def _explicit_geometry(
     config: CheckpointConfig,
-    schedule: Sequence[tuple[int, int]],
+    schedule: Sequence[GridLike] | np.ndarray,
     aspect_ratio: float | None,
-    rope: tuple[int, int] | None,
+    rope: GridLike | None,
 ) -> Geometry:
     grids = tuple(_grid(pair) for pair in schedule)
     if not grids or grids[0] != (1, 1):
@@ -123,11 +129,14 @@ def _explicit_geometry(
     return Geometry(grids, rope_grid(ratio) if rope is None else _grid(rope))
 
 
-def _grid(pair: tuple[int, int]) -> Grid:
-    grid = Grid(*(int(side) for side in pair))
-    if min(grid) < 1:
-        raise InputError(f"a grid is a pair of positive sides (height, width), got {tuple(pair)}")
-    return grid
+def _grid(pair: GridLike) -> Grid:
+    try:
+        height, width = (operator.index(side) for side in pair)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise InputError(f"a grid is a pair of positive whole sides (height, width), got {pair!r}")
+    return Grid(height, width)
 
 
 def _nearest_budget(config: CheckpointConfig, ratio: float, area: int) -> str:
@@ -141,10 +150,10 @@ def resolve_settings(
     config: CheckpointConfig,
     num_scales: int,
     *,
-    guidance_scale: float | Sequence[float] | None,
-    temperature: float | Sequence[float] | None,
-    top_k: int | Sequence[int] | None,
-    top_p: float | Sequence[float] | None,
+    guidance_scale: Numbers | None,
+    temperature: Numbers | None,
+    top_k: Numbers | None,
+    top_p: Numbers | None,
 ) -> ScaleSettings:
     """Repeats scalars for every scale and fills in the checkpoint's defaults.
 
@@ -155,7 +164,10 @@ def resolve_settings(
 
     def per_scale(name: str, value: Any, default: float | int) -> tuple[float, ...]:
         value = default if value is None else value
-        values = np.asarray(value, dtype=np.float64)
+        try:
+            values = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.empty((0, 0))
         if values.ndim == 0:
             values = np.full(num_scales, values)
         if values.shape != (num_scales,):
@@ -179,13 +191,18 @@ def resolve_settings(
     return settings
 
 
-def resolve_seeds(seed: int | Sequence[int], num_images: int) -> UInt32[np.ndarray, "batch"]:
+def resolve_seeds(seed: Numbers, num_images: int) -> UInt32[np.ndarray, "batch"]:
     """One seed per image, uint32: `seed` + i, or those given.
 
     Raises:
-      InputError: the number of seeds is wrong, or one does not fit 32 bits.
+      InputError: the number of seeds is wrong, or one is no whole number of 32 bits.
     """
-    seeds = [seed + i for i in range(num_images)] if isinstance(seed, int) else [int(s) for s in seed]
+    values = np.asarray(seed, dtype=object)
+    try:
+        given = [operator.index(value) for value in np.atleast_1d(values)]
+    except TypeError:
+        raise InputError(f"seeds must be whole numbers, got {seed!r}") from None
+    seeds = [given[0] + i for i in range(num_images)] if values.ndim == 0 else given
     if len(seeds) != num_images:
         raise InputError(f"got {len(seeds)} seeds for {num_images} images: pass one number or one seed per image")
     if not all(0 <= s < 2**32 for s in seeds):
@@ -193,7 +210,7 @@ def resolve_seeds(seed: int | Sequence[int], num_images: int) -> UInt32[np.ndarr
     return np.asarray(seeds, dtype=np.uint32)
 
 
-def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: int | None) -> int:
+def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: SupportsIndex | None) -> int:
     """0 for guidance on the logits, else a negative index of a block counted from the end.
 
     Raises:
@@ -202,12 +219,13 @@ def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: int | None)
     depth = config.transformer.depth
     if guidance_layer is None:
         return 0
-    if not -depth < guidance_layer <= 0:
+    layers = range(1 - depth, 1)
+    if guidance_layer not in layers:
         raise InputError(
             f"guidance_layer must be 0 (on the logits) or from {1 - depth} to -1 (after that block, counted from "
             f"the end), got {guidance_layer}"
         )
-    return guidance_layer
+    return operator.index(guidance_layer)
 
 
 def _per_scale_arrays(name: str, values: Sequence[Any] | None, num_scales: int) -> list[Any]:
@@ -249,7 +267,7 @@ def resolve_draws(
     """Exp(1) draws, one entry per scale; None leaves a scale to its seed.
 
     Raises:
-      InputError: an entry has the wrong number of values or a negative one.
+      InputError: an entry has another shape or a negative value.
     """
     entries = _per_scale_arrays("sampling_draws", draws, len(schedule))
     resolved: list[np.ndarray | None] = []
@@ -259,7 +277,7 @@ def resolve_draws(
             continue
         values = np.asarray(entry, dtype=np.float32)
         shape = (num_images, grid.size, token_bits, 2)
-        if values.size != math.prod(shape):
+        if values.shape not in (shape, (num_images, math.prod(shape[1:3]), 2), (math.prod(shape[:3]), 2)):
             raise InputError(
                 f"sampling_draws[{scale}] must have the shape {list(shape)}, got {list(values.shape)}"
             )
