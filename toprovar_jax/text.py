@@ -85,10 +85,14 @@ class Tokenizer:
         warning says so.
 
         Raises:
-          InputError: a prompt is empty.
+          InputError: a prompt is empty or holds what no text has, as bytes do that are not UTF-8.
         """
         rows = []
         for prompt in prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"the prompt is no valid text ({prompt[:40]!r}): pass it in UTF-8") from error
             if not prompt.strip():
                 raise InputError("the prompt is empty: describe the image in at least one word")
             row = self._tokenizer.encode(prompt).ids
