@@ -117,19 +117,29 @@ def test_mistakes_end_in_one_line(run_here, arguments, message, tmp_path):
         (["--aspect_ratio", "20"], "no aspect ratio near 20 (height / width): choose one from 0.333 to 3.0"),
         (["--height", "64"], "height and width belong together: pass both, or aspect_ratio instead"),
         (["--num_images", "0"], "num_images_per_prompt must be at least 1, got 0"),
+        (["--prompt", "caf\udce9"], "the prompt is no valid text ('caf\\udce9'): pass it in UTF-8"),
     ],
 )
 def test_impossible_settings_write_nothing(folder, capsys, arguments, message, tmp_path):
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
         command_line.run(
             generate.main,
-            ["generate", "--checkpoint", str(folder), "--prompt", "a", "--output_dir", str(tmp_path), *arguments],
+            [
+                "generate",
+                "--checkpoint",
+                str(folder),
+                "--prompt",
+                "a",
+                "--output_dir",
+                str(tmp_path / "a" / "b"),
+                *arguments,
+            ],
         )
     flags.FLAGS.unparse_flags()
     captured = capsys.readouterr()
     assert stopped.value.code == 2
-    assert f"error: {message}" in captured.err.splitlines()[-1]
-    assert "Traceback" not in captured.err
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,6 +151,19 @@ def test_an_unwritable_folder_is_found_before_anything_is_loaded(run_here, tmp_p
     assert code == 2
     assert "cannot write to the output folder" in error
     assert "choose another --output_dir" in error
+
+
+def test_an_image_that_cannot_be_written_leaves_nothing_half_written(folder, tmp_path, tmp_path_factory):
+    (tmp_path / "image_0000_seed_0.png").mkdir()
+    run = run_command(
+        "--prompt", "a", "--checkpoint", folder, "--output_dir", tmp_path, cache=tmp_path_factory.mktemp("cache")
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == (
+        f"error: cannot write {tmp_path}/image_0000_seed_0.png (Is a directory): make room for it or choose another "
+        "--output_dir"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["image_0000_seed_0.png"]
 
 
 def test_prompt_files_without_prompts_are_refused(run_here, tmp_path):

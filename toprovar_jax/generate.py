@@ -3,8 +3,11 @@
 Writes one PNG per image, with prompt, seed, settings and the checkpoint's digest as text chunks.
 """
 
+import contextlib
+import functools
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -40,33 +43,28 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; d
 def main() -> None:
     """Reads the flags, generates, writes the files and prints one line of timings per prompt."""
     prompts = _prompts()
-    folder = _writable_folder(_OUTPUT_DIR.value)
     if _CHECKPOINT.value is None:
         raise InputError("no checkpoint: pass --checkpoint DIR, a folder written by `python -m convert`")
-    _use_compilation_cache()
-    pipe = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
-    for index, prompt in enumerate(prompts):
-        with tqdm(desc="scales", unit="scale") as bar:
-
-            def show(_: int, num_scales: int, bar: tqdm = bar) -> None:
-                bar.total = num_scales
-                bar.update()
-
-            output = pipe(
-                prompt,
-                num_images_per_prompt=_NUM_IMAGES.value,
-                seed=_SEED.value,
-                guidance_scale=_GUIDANCE_SCALE.value,
-                temperature=_TEMPERATURE.value,
-                aspect_ratio=_ASPECT_RATIO.value,
-                height=_HEIGHT.value,
-                width=_WIDTH.value,
-                pixels=_PIXELS.value,
-                callback_on_scale_end=show,
-            )
-        for path in _write(output, pipe, prompt, folder, index):
-            print(path)
-        print(_timings_line(output.timings))
+    with _output_folder(Path(_OUTPUT_DIR.value)) as folder:
+        _use_compilation_cache()
+        pipe = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
+        for index, prompt in enumerate(prompts):
+            with _progress_bar() as show:
+                output = pipe(
+                    prompt,
+                    num_images_per_prompt=_NUM_IMAGES.value,
+                    seed=_SEED.value,
+                    guidance_scale=_GUIDANCE_SCALE.value,
+                    temperature=_TEMPERATURE.value,
+                    aspect_ratio=_ASPECT_RATIO.value,
+                    height=_HEIGHT.value,
+                    width=_WIDTH.value,
+                    pixels=_PIXELS.value,
+                    callback_on_scale_end=show,
+                )
+            for path in _write(output, pipe, prompt, folder, index):
+                print(path)
+            print(_timings_line(output.timings))
 
 
 def _prompts() -> list[str]:
@@ -87,9 +85,11 @@ def _prompts() -> list[str]:
     return prompts
 
 
-def _writable_folder(name: str) -> Path:
-    folder = Path(name)
+@contextlib.contextmanager
+def _output_folder(folder: Path) -> Iterator[Path]:
+    """Makes the folder and finds out that it can be written; a run that fails leaves no empty folders behind."""
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -97,7 +97,23 @@ def _writable_folder(name: str) -> Path:
         raise InputError(
             f"cannot write to the output folder {folder} ({error.strerror}): choose another --output_dir"
         ) from error
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds earlier images
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], object]]:
+    """A callback that shows a bar from the first scale on, so that an error before it is one line alone."""
+    with contextlib.ExitStack() as stack:
+        bar = functools.cache(
+            lambda num_scales: stack.enter_context(tqdm(desc="scales", unit="scale", total=num_scales))
+        )
+        yield lambda _, num_scales: bar(num_scales).update()
 
 
 def _use_compilation_cache() -> None:
@@ -128,8 +144,14 @@ def _write(output: PipelineOutput, pipe: InfinityPipeline, prompt: str, folder: 
         info.add_text("checkpoint", str(pipe.checkpoint_digest))
         path = folder / f"image_{index:04d}_seed_{_SEED.value + i}.png"
         partial = path.with_suffix(".partial")
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
+        try:
+            image.save(partial, format="PNG", pnginfo=info)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(
+                f"cannot write {path} ({error.strerror}): make room for it or choose another --output_dir"
+            ) from error
         paths.append(path)
     return paths
 

@@ -104,7 +104,7 @@ class Generator:
         self._dtype = dtype
         self._programs = programs
 
-    def __call__(self, batch: Batch, on_scale_end: Callable[[int, int], None] | None) -> PipelineOutput:
+    def __call__(self, batch: Batch, on_scale_end: Callable[[int, int], object] | None) -> PipelineOutput:
         """Generates a batch; images are uint8 RGB, or code maps where the batch is not decoded.
 
         Args:

@@ -108,7 +108,7 @@ class InfinityPipeline:
         policy: str = "dense",
         output_type: str = "pil",
         trace: bool = False,
-        callback_on_scale_end: Callable[[int, int], None] | None = None,
+        callback_on_scale_end: Callable[[int, int], object] | None = None,
         text_features: Sequence[Any] | None = None,
         negative_text_features: Sequence[Any] | None = None,
         forced_bits: Sequence[Any] | None = None,
