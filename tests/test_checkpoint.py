@@ -218,9 +218,22 @@ def test_a_missing_component_says_how_to_get_it(tmp_path):
         checkpoint.load_parameters(tmp_path / "out", "text_encoder")
 
 
-def test_unknown_dtypes_are_refused(original):
-    with pytest.raises(CheckpointError, match="unknown dtype float16: choose float32 or bfloat16"):
-        checkpoint.load_parameters(original, "vae", "float16")
+@pytest.mark.parametrize("dtype", ["float16", "bf16"])
+def test_unknown_dtypes_are_refused(original, dtype):
+    with pytest.raises(CheckpointError, match=f"unknown dtype {dtype}: choose float32 or bfloat16"):
+        checkpoint.load_parameters(original, "vae", dtype)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
+    ],
+)
+def test_defaults_that_no_call_would_accept_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        GenerationDefaults(**settings)
 
 
 def test_parameters_that_do_not_fit_are_listed(tmp_path):

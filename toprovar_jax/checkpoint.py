@@ -58,7 +58,7 @@ def skeleton(config: CheckpointConfig, component: Component, dtype: DTypeLike) -
     Raises:
       CheckpointError: the checkpoint has no such component or the dtype is not one of `DTYPES`.
     """
-    name = _dtype_name(dtype)
+    name = dtype_name(dtype)
     if component == "transformer":
         return abstract_parameters(Infinity, config.transformer, name)
     if component == "vae":
@@ -136,7 +136,7 @@ def save(
             (folder / TOKENIZER_NAME).write_text(tokenizer, encoding="utf-8")
         manifest = Manifest(
             config=config,
-            dtype=_dtype_name(dtype),
+            dtype=dtype_name(dtype),
             files=tuple(FileRecord.of(folder / name, name) for name in list_files(folder)),
             sources=tuple(sources),
             writer=f"toprovar-jax {importlib.metadata.version('toprovar-jax')}",
@@ -182,8 +182,16 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> str | None:
     return (folder / TOKENIZER_NAME).read_text(encoding="utf-8")
 
 
-def _dtype_name(dtype: DTypeLike) -> str:
-    name = jnp.dtype(dtype).name
+def dtype_name(dtype: DTypeLike) -> str:
+    """Name of a precision policy.
+
+    Raises:
+      CheckpointError: it is not one of `DTYPES`.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
     if name not in DTYPES:
         raise CheckpointError(f"unknown dtype {name}: choose {' or '.join(DTYPES)}")
     return name

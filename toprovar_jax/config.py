@@ -6,6 +6,7 @@ Source: docs/spec/infinity.md, sections 1 and 6 (the published Infinity code).
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from toprovar_jax.errors import InputError
@@ -153,6 +154,13 @@ class GenerationDefaults:
     top_k: int = 900
     top_p: float = 0.97
     pixels: str = "1M"
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.guidance_scale), f"guidance_scale must be finite, got {self.guidance_scale}")
+        _require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"temperature must be finite and above 0, got {self.temperature}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

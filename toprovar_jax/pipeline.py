@@ -8,13 +8,12 @@ from os import PathLike
 from typing import Any, SupportsIndex
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, UInt8
 from PIL import Image
 
 from toprovar_jax import request
-from toprovar_jax.checkpoint import load_parameters, load_tokenizer
+from toprovar_jax.checkpoint import dtype_name, load_parameters, load_tokenizer
 from toprovar_jax.config import CheckpointConfig, VAEConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.generation import Batch, Generator, decode_pixels
@@ -69,11 +68,11 @@ class InfinityPipeline:
           dtype: float32 or bfloat16; the checkpoint's own where None.
 
         Raises:
-          CheckpointError: the folder is missing, incomplete, altered or of another format.
+          CheckpointError: the folder is missing, incomplete, altered or of another format, or the dtype unknown.
           InputError: the device has too little memory.
         """
         manifest = load_manifest(path)
-        name = manifest.dtype if dtype is None else jnp.dtype(dtype).name
+        name = manifest.dtype if dtype is None else dtype_name(dtype)
         with _explain_out_of_memory():
             params = {
                 "transformer": load_parameters(path, "transformer", name),
