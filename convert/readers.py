@@ -134,6 +134,10 @@ def _unwrap(content: Any) -> Any:
 def _only_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds no named tensors: pass a file of weights")
-    if others := [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(f"{path} holds entries that are no tensors: {', '.join(others)}")
+    if others := [str(name) for name, value in content.items() if not _is_plain_tensor(value)]:
+        raise InputError(f"{path} holds entries that are no plain tensors: {', '.join(others)}")
     return dict(content)
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta

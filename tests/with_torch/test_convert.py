@@ -494,7 +494,11 @@ def test_files_that_cannot_be_read(tmp_path):
     for content, message in [
         ([TRANSFORMER["head.bias"]], "holds no named tensors: pass a file of weights"),
         ({}, "holds no named tensors"),
-        ({"head.bias": TRANSFORMER["head.bias"], "step": 3, "lr": 0.1}, "entries that are no tensors: step, lr"),
+        (
+            {"head.bias": TRANSFORMER["head.bias"], "step": 3, "lr": 0.1},
+            "entries that are no plain tensors: step, lr",
+        ),
+        ({"head.weight": torch.eye(3).to_sparse()}, "entries that are no plain tensors: head.weight"),
     ]:
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(InputError, match=message):
