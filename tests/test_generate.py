@@ -160,8 +160,8 @@ def test_an_image_that_cannot_be_written_leaves_nothing_half_written(folder, tmp
     )
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1] == (
-        f"error: cannot write {tmp_path}/image_0000_seed_0.png (Is a directory): make room for it or choose another "
-        "--output_dir"
+        f"error: cannot write {tmp_path}/image_0000_seed_0.png (Is a directory): make room for it or choose "
+        "another --output_dir"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["image_0000_seed_0.png"]
 
