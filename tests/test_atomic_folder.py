@@ -1,6 +1,9 @@
 """Folders that appear complete or not at all."""
 
+import contextlib
 import os
+import threading
+import time
 
 import pytest
 
@@ -37,6 +40,25 @@ def test_nothing_is_left_of_a_failure(tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_that_an_interrupted_writer_still_adds_go_too(tmp_path):
+    def write_on(folder):
+        for number in range(300):
+            with contextlib.suppress(OSError):
+                (folder / "deep").mkdir(parents=True, exist_ok=True)
+                (folder / "deep" / str(number)).write_text("")
+            time.sleep(0.001)
+
+    def fail():
+        with write_folder(tmp_path / "out", marker=MARKER, overwrite=False) as folder:
+            writer = threading.Thread(target=write_on, args=(folder,))
+            writer.start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
         fail()
     assert os.listdir(tmp_path) == []
 

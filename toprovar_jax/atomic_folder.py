@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from toprovar_jax.errors import InputError
 # Name of the folder beside the target in which the new content grows: ".NAME.partial".
 PARTIAL_SUFFIX = ".partial"
 _REPLACED_SUFFIX = ".replaced"
+_REMOVAL_ATTEMPTS = 50
+_REMOVAL_PAUSE_SECONDS = 0.1
 
 
 def check_target(target: Path, *, marker: str, overwrite: bool) -> None:
@@ -82,8 +85,7 @@ def write_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path
             _sync(target.parent)
         finally:
             _recover(target, replaced)
-            if partial.exists():
-                shutil.rmtree(partial)
+            _remove(partial)
 
 
 @contextlib.contextmanager
@@ -110,6 +112,17 @@ def _recover(target: Path, replaced: Path) -> None:
         shutil.rmtree(replaced)
     else:
         replaced.rename(target)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder, if it is there; an interrupted writer's threads may still be adding files for a while."""
+    for _ in range(_REMOVAL_ATTEMPTS):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_REMOVAL_PAUSE_SECONDS)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _clear(folder: Path) -> None:

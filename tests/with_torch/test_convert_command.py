@@ -248,5 +248,6 @@ def test_an_interrupted_conversion_cleans_up(official, command, tmp_path):
     outcome = command.run(*arguments, signal_after=0.8 * duration, signal_number=signal.SIGINT)
     if outcome.code:
         assert outcome.code == 130
-        assert outcome.stderr == "error: interrupted\n"
+        # Threads of the checkpoint writer may complain before, as their files are taken away.
+        assert outcome.stderr.splitlines()[-1] == "error: interrupted"
         assert os.listdir(tmp_path) == []
