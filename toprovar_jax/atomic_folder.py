@@ -115,7 +115,7 @@ def _recover(target: Path, replaced: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the folder, if it is there; an interrupted writer's threads may still be adding files for a while."""
+    """Removes the folder, if it is there; threads of an interrupted writer may still be adding files to it."""
     for _ in range(_REMOVAL_ATTEMPTS):
         if not folder.exists():
             return
