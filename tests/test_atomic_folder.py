@@ -52,14 +52,17 @@ def test_files_that_an_interrupted_writer_still_adds_go_too(tmp_path):
                 (folder / "deep" / str(number)).write_text("")
             time.sleep(0.001)
 
+    writers = []
+
     def fail():
         with write_folder(tmp_path / "out", marker=MARKER, overwrite=False) as folder:
-            writer = threading.Thread(target=write_on, args=(folder,))
-            writer.start()
+            writers.append(threading.Thread(target=write_on, args=(folder,)))
+            writers[0].start()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
+    writers[0].join()
     assert os.listdir(tmp_path) == []
 
 
