@@ -1,0 +1,1 @@
+"""Pruning: plans say what runs, policies choose plans."""
