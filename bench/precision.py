@@ -15,15 +15,9 @@ from absl import flags
 from jaxtyping import Float
 
 from bench import report
+from bench.full_size import full_size_config
 from toprovar_jax import command_line
-from toprovar_jax.config import (
-    ARCHITECTURES,
-    VAE_STRIDE_8,
-    VAE_STRIDE_16,
-    CheckpointConfig,
-    GenerationDefaults,
-    VAEConfig,
-)
+from toprovar_jax.config import ARCHITECTURES
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
@@ -38,14 +32,6 @@ _MODEL = flags.DEFINE_enum("model", "infinity_2b", list(ARCHITECTURES), "Archite
 _PIXELS = flags.DEFINE_string("pixels", "1M", "Pixel budget.")
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed bfloat16 runs after the first.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", str(report.RESULTS), "Folder for the JSON.")
-
-
-def full_size_config(model: str) -> CheckpointConfig:
-    """A release-like checkpoint configuration of an architecture, without text encoder."""
-    transformer = ARCHITECTURES[model]
-    levels = VAE_STRIDE_8 if transformer.patchify else VAE_STRIDE_16
-    vae = VAEConfig(code_dim=transformer.code_dim, channel_multipliers=levels)
-    return CheckpointConfig(transformer, vae, defaults=GenerationDefaults(guidance_scale=4.0, temperature=0.5))
 
 
 def relative_difference(value: Float[np.ndarray, "*shape"], reference: Float[np.ndarray, "*shape"]) -> float:

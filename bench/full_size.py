@@ -1,0 +1,90 @@
+"""Pipelines of a release's size with random weights: latency does not depend on what the weights say."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from toprovar_jax.config import (
+    ARCHITECTURES,
+    VAE_STRIDE_8,
+    VAE_STRIDE_16,
+    CheckpointConfig,
+    GenerationDefaults,
+    T5Config,
+    VAEConfig,
+)
+from toprovar_jax.errors import InputError
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.skeleton import random_parameters
+from toprovar_jax.models.t5 import T5Encoder
+from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.text import Tokenizer
+
+
+def full_size_config(model: str, text_encoder: T5Config | None = None) -> CheckpointConfig:
+    """A release-like checkpoint configuration of an architecture.
+
+    Args:
+      model: a name of `ARCHITECTURES`.
+      text_encoder: the text encoder, or None for a checkpoint without.
+    """
+    transformer = ARCHITECTURES[model]
+    levels = VAE_STRIDE_8 if transformer.patchify else VAE_STRIDE_16
+    vae = VAEConfig(code_dim=transformer.code_dim, channel_multipliers=levels)
+    defaults = GenerationDefaults(guidance_scale=4.0, temperature=0.5)
+    return CheckpointConfig(transformer, vae, text_encoder, defaults)
+
+
+def word_tokenizer() -> Tokenizer:
+    """A tokenizer that makes one (unknown) token of every word and ends prompts as T5's does."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    return Tokenizer(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": None,
+                "pre_tokenizer": {"type": "Whitespace"},
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+                    ],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                    "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+                },
+                "decoder": None,
+                "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+            }
+        )
+    )
+
+
+def load_pipeline(model: str) -> InfinityPipeline:
+    """A pipeline in bfloat16 with text encoder: random weights on the device, or those of a checkpoint.
+
+    Args:
+      model: a name of `ARCHITECTURES`, or a checkpoint's folder.
+
+    Raises:
+      InputError: it is neither.
+    """
+    if model in ARCHITECTURES:
+        config = full_size_config(model, T5Config())
+        assert config.text_encoder is not None
+        params = {
+            "transformer": random_parameters(Infinity, config.transformer, jnp.bfloat16),
+            "vae": random_parameters(BSQVAE, config.vae, jnp.bfloat16),
+            "text_encoder": random_parameters(T5Encoder, config.text_encoder, jnp.bfloat16),
+        }
+        return InfinityPipeline(config, params, dtype="bfloat16", tokenizer=word_tokenizer())
+    if not Path(model).is_dir():
+        raise InputError(
+            f"unknown model {model!r}: pass a checkpoint's folder or one of {', '.join(ARCHITECTURES)}"
+        )
+    return InfinityPipeline.from_pretrained(model, jnp.bfloat16)

@@ -1,0 +1,114 @@
+"""When each program of an image was handed to the device and when its result was there.
+
+The pipeline is not slowed down to find out: a second thread waits for every result in turn while the pipeline goes
+on handing out work.
+"""
+
+import contextlib
+import queue
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+
+from toprovar_jax.programs import Programs
+
+_STAGES = {"text": "text encoder", "decode": "decoder"}  # keys of the pipeline's programs start with these
+
+
+class Stage(NamedTuple):
+    """One program of an image.
+
+    Attributes:
+      name: what it does.
+      milliseconds: from the end of the program before to its own end; a call's time is the sum of its stages.
+      host_ms: of the host to hand it out, part of it while the device was busy with earlier programs.
+    """
+
+    name: str
+    milliseconds: float
+    host_ms: float
+
+
+class _Event(NamedTuple):
+    name: str
+    host_seconds: float
+    ended: float
+
+
+class StageNamer:
+    """Names the programs of one image in their order."""
+
+    def __init__(self) -> None:
+        self.num_scales = 0
+
+    def __call__(self, key: Hashable) -> str:
+        """Name of the program under a key."""
+        kind = str(key[0]) if isinstance(key, tuple) else str(key)
+        if kind != "scale":
+            return _STAGES.get(kind, kind)
+        self.num_scales += 1
+        return f"scale {self.num_scales - 1}"
+
+
+def time_stages(programs: Programs, call: Callable[[], object]) -> list[Stage]:
+    """Calls once and times its programs.
+
+    What follows the last program (its result's way to the host and whatever the host does with it) counts as
+    that program's.
+
+    Args:
+      programs: those that the call runs.
+      call: makes an image.
+
+    Raises:
+      RuntimeError: the call ran none of the programs.
+    """
+    events: list[_Event] = []
+    with _watched(programs, events.append):
+        started = time.perf_counter()
+        call()
+        ended = time.perf_counter()
+    if not events:
+        raise RuntimeError("no program was run: the pipeline runs programs that are not its own")
+    ends = [event.ended for event in events[:-1]] + [ended]
+    begins = [started, *ends[:-1]]
+    return [
+        Stage(event.name, 1e3 * (end - begin), 1e3 * event.host_seconds)
+        for event, begin, end in zip(events, begins, ends, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _watched(programs: Programs, record: Callable[[_Event], object]) -> Iterator[None]:
+    handed_out: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
+    name, run = StageNamer(), programs.run
+
+    def timed_run(key: Hashable, *arguments: Any) -> Any:
+        before = time.perf_counter()
+        result = run(key, *arguments)
+        # All results of a program are there at once. Its first ones may be the state, which the next takes over.
+        handed_out.put((name(key), time.perf_counter() - before, jax.tree.leaves(result)[-1]))
+        return result
+
+    def wait() -> None:
+        while (item := handed_out.get()) is not None:
+            stage, host_seconds, leaf = item
+            jax.block_until_ready(leaf)
+            record(_Event(stage, host_seconds, time.perf_counter()))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # or the waiting thread learns of an end up to 5 ms late
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting = thread.submit(wait)
+        try:
+            with mock.patch.object(programs, "run", timed_run):
+                yield
+        finally:
+            handed_out.put(None)
+            waiting.result()
+            sys.setswitchinterval(interval)

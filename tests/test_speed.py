@@ -1,0 +1,170 @@
+"""The speed benchmark, end to end on a tiny model and piece by piece."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench import kernel_profile, speed, speed_run, stage_clock
+from bench.full_size import full_size_config, load_pipeline, word_tokenizer
+from bench.kernel_profile import Kernel
+from tests import tiny
+from toprovar_jax import checkpoint
+from toprovar_jax.config import T5Config
+from toprovar_jax.errors import InputError
+from toprovar_jax.output import PipelineOutput, Timings
+from toprovar_jax.programs import Programs, Recipe
+
+SCALES = 7  # of the pixel budget 0.06M
+STAGES = ["text encoder", "context", "start", *(f"scale {scale}" for scale in range(SCALES)), "decoder"]
+CASE = speed_run.Case(
+    model="tiny", policy="dense", pixels="0.06M", batch=2, runs=2, warmups=1, cache_dir="", profile=True
+)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return speed_run.measure(tiny.pipeline(), CASE)
+
+
+def test_all_stages_of_a_call_are_timed_and_add_up_to_it(measured):
+    assert [stage["stage"] for stage in measured["stages"]] == STAGES
+    for stage in measured["stages"]:
+        assert 0 < stage["ms"]["min"] <= stage["ms"]["median"] <= stage["ms"]["max"]
+        assert stage["host_ms"]["min"] > 0
+    whole = sum(stage["ms"]["median"] for stage in measured["stages"])
+    assert 0 < measured["loop_ms"]["median"] < whole
+    assert measured["images_per_second"] == pytest.approx(2e3 / measured["total_ms"]["median"])
+
+
+def test_a_stage_lasts_from_the_end_of_the_one_before_and_the_host_may_run_ahead():
+    programs = Programs()
+    slow = Recipe(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: jnp.sin(y @ y), x), (jnp.ones((100, 100)),), {})
+    programs.compile({("slow",): lambda: slow})
+
+    def call():
+        result = jnp.ones((100, 100))
+        for _ in range(3):
+            result = programs.run(("slow",), result)
+        jax.block_until_ready(result)
+        time.sleep(0.05)
+
+    begun = time.perf_counter()
+    stages = stage_clock.time_stages(programs, call)
+    seconds = time.perf_counter() - begun
+    assert [stage.name for stage in stages] == ["slow"] * 3
+    assert stages[2].milliseconds > 50  # what comes after the last program is its own
+    assert sum(stage.milliseconds for stage in stages) == pytest.approx(1e3 * seconds, rel=0.2)
+    # Afterwards the programs run as before.
+    assert "run" not in vars(programs)
+
+
+def test_a_call_without_programs_is_no_measurement():
+    with pytest.raises(RuntimeError, match="no program was run"):
+        stage_clock.time_stages(Programs(), lambda: None)
+
+
+def test_a_profile_gives_every_stage_its_kernels():
+    pipe = tiny.pipeline()
+    profile = kernel_profile.profile(pipe.programs, lambda: speed_run.generate(pipe, CASE))
+    assert list(profile) == STAGES
+    for stage in STAGES[3:]:
+        found = profile[stage]
+        assert found["kernels"] == sum(count for _, count in found["kinds"].values()) > 0
+        assert found["kernel_ms"] == pytest.approx(sum(time for time, _ in found["names"].values()))
+
+
+def test_kernels_belong_to_the_stage_that_they_start_in():
+    second = 1e9
+    marks = [Kernel("later", 2 * second, 1), Kernel("first", second, 1)]
+    kernels = [Kernel("a", 1.5 * second, 1), Kernel("b", 2 * second - 1e5, 1), Kernel("before", 0.5 * second, 1)]
+    assigned = kernel_profile.assign(marks, kernels)
+    assert {stage: [kernel.name for kernel in found] for stage, found in assigned.items()} == {
+        "first": ["a"],
+        "later": ["b"],  # its clock is a little behind
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopB_NNT", "matrix product"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
+        ("flash_attention_entropy", "attention"),
+        ("triton_softmax_79", "norm and reduction"),
+        ("loop_dynamic_update_slice_fusion_7", "copy"),
+        ("MemcpyD2D", "copy"),
+        ("loop_add_fusion_1", "elementwise"),
+    ],
+)
+def test_the_kind_of_a_kernel_is_told_by_its_name(name, kind):
+    assert kernel_profile.kind(name) == kind
+
+
+def test_flat_images_and_constant_bits_are_refused():
+    timings = Timings(0, 0, (), 0)
+    noise = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3), np.uint8)
+    bits = np.asarray([[[[0, 1]]]], np.uint8)
+    speed_run.require_sane(PipelineOutput(noise, (bits,), timings, None))
+    for images, scale_bits in [(np.zeros_like(noise), bits), (noise, np.zeros_like(bits))]:
+        with pytest.raises(InputError, match="the images are flat"):
+            speed_run.require_sane(PipelineOutput(images, (scale_bits,), timings, None))
+
+
+def test_models_of_full_size_have_what_a_release_has():
+    config = full_size_config("infinity_8b", T5Config())
+    assert config.transformer.patchify
+    assert config.vae.stride == 8
+    assert full_size_config("infinity_2b").vae.stride == 16
+    batch = word_tokenizer().encode([speed_run.PROMPT])
+    assert batch.lengths.tolist() == [20]
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(
+        InputError, match=r"unknown model 'nothing': pass a checkpoint's folder or one of .*infinity_2b"
+    ):
+        load_pipeline("nothing")
+
+
+def test_results_of_different_cases_have_different_names():
+    cases = [CASE, dataclasses.replace(CASE, pixels="1M", batch=1, policy="some/plan.json")]
+    assert [speed.result_name(case) for case in cases] == ["speed_tiny_dense_0.06M_batch2", "speed_tiny_plan"]
+
+
+def test_the_command_times_a_checkpoint_from_a_cold_and_from_a_warm_start(tmp_path):
+    folder = tmp_path / "tiny"
+    checkpoint.save(folder, tiny.CONFIG, tiny.parameters(), dtype="float32", tokenizer=tiny.tokenizer_json())
+    command = [sys.executable, "-m", "bench.speed", "--compare", f"--model={folder}", "--pixels=0.06M"]
+    command += ["--runs=1", "--warmups=0", f"--cache_dir={tmp_path / 'cache'}", f"--out={tmp_path}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stderr
+    cold = json.loads((tmp_path / "speed_tiny_dense_0.06M_cold.json").read_text())
+    warm = json.loads((tmp_path / "speed_tiny_dense_0.06M.json").read_text())
+    assert cold["cold"]
+    assert cold["compiled_programs"] >= SCALES
+    assert not warm["cold"]
+    assert warm["compiled_programs"] == 0
+    assert warm["cold_start"]["start_s"] == cold["start_s"]
+    assert [stage["stage"] for stage in warm["stages"]] == STAGES
+    assert warm["command"].startswith("python -m bench.speed --compare")
+    printed = done.stdout.splitlines()
+    assert printed[-1].startswith("dense ")
+    assert any(line.startswith(f"scale {SCALES - 1} ") for line in printed)
+
+
+def test_the_command_passes_on_what_is_wrong_with_a_case(tmp_path):
+    command = [sys.executable, "-m", "bench.speed", "--model=nothing", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith("error: unknown model 'nothing'")
+    assert done.stderr.splitlines()[-1] == "error: dense was not timed: see the line above"
