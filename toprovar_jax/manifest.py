@@ -14,6 +14,8 @@ from toprovar_jax.config import CheckpointConfig, ConfigError
 from toprovar_jax.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
+# Lies beside the manifest and carries a digest of its own: it is made after the checkpoint, and made again.
+PROFILE_NAME = "toprovar_profile.json"
 FORMAT_VERSION = 1
 
 
@@ -97,9 +99,10 @@ class Manifest:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below a folder but the manifest itself, sorted."""
+    """Relative names of all files below a folder but the manifest itself and a profile, whole or partial, sorted."""
     paths = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST_NAME)
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return sorted(name for name in names if name != MANIFEST_NAME and not name.startswith(PROFILE_NAME))
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
