@@ -84,6 +84,12 @@ class InfinityConfig:
         return self.code_dim * (4 if self.patchify else 1)
 
     @property
+    def level_layers(self) -> tuple[int, ...]:
+        """Layers before which the level embedding is added."""
+        chunks = self.num_chunks if self.level_embedding_per_chunk else 1
+        return tuple(range(0, self.depth, self.depth // chunks))
+
+    @property
     def num_pool_heads(self) -> int:
         """Heads of the attentive text pool: text_channels // 128, or // 64 above 4096 channels (section 3.4)."""
         return self.text_channels // (64 if self.embed_dim > 4096 else 128)

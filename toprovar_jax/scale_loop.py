@@ -17,14 +17,14 @@ from toprovar_jax import sampling
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.models import rope
 from toprovar_jax.models.bsq_vae import bits_to_codes
-from toprovar_jax.models.infinity import Cache, Infinity, KeyValue, TextContext, append_and_attend
+from toprovar_jax.models.infinity import Cache, Infinity, KeyValue, TextContext
 from toprovar_jax.models.skeleton import Parameters, bind
+from toprovar_jax.pruning.execution import Updates, run_layers
+from toprovar_jax.pruning.plan import Plan, ScaleStep, Span
 from toprovar_jax.resize import pixel_shuffle, pixel_unshuffle, resize_bilinear
 from toprovar_jax.schedule import Grid, ScaleSchedule, tokenizer_schedule
 
-CACHE_ALIGNMENT = 8  # GPU copy engines want lengths that are multiples of 8
-
-# What a step reports besides the bits: nothing, the logits, or also every block's output.
+# What a step reports besides the bits: nothing, the logits and kept tokens, or also every block's output.
 Record = Literal["bits", "logits", "activations"]
 
 
@@ -39,6 +39,9 @@ class LoopConfig:
       rope_grid: grid that positions refer to.
       guided: whether every image has an unconditional row as well.
       guidance_layer: 0 guides the logits; a negative value m guides inside the network, after block depth + m.
+      plan: what runs; None runs everything.
+      cache_capacities: per layer, tokens that a cache buffer can hold; None gives room for the plan. A run that
+        may change its plan needs room for all of them.
     """
 
     transformer: InfinityConfig
@@ -47,6 +50,8 @@ class LoopConfig:
     rope_grid: Grid
     guided: bool
     guidance_layer: int = 0
+    plan: Plan | None = None
+    cache_capacities: tuple[int, ...] | None = None
 
     @property
     def code_grids(self) -> ScaleSchedule:
@@ -54,14 +59,22 @@ class LoopConfig:
         return tokenizer_schedule(self.schedule, self.transformer.patchify)
 
     @property
-    def cache_capacity(self) -> int:
-        """Tokens that a cache buffer can hold."""
-        tokens = sum(grid.size for grid in self.schedule)
-        return -(-tokens // CACHE_ALIGNMENT) * CACHE_ALIGNMENT
+    def executed_plan(self) -> Plan:
+        """The plan, also where it is to run everything."""
+        return self.plan or Plan.dense(self.schedule, self.transformer.depth)
 
-    def cache_length(self, scale: int) -> int:
-        """Tokens in the cache before a scale runs."""
-        return sum(grid.size for grid in self.schedule[:scale])
+    @property
+    def executed_scales(self) -> tuple[int, ...]:
+        """Indices of the scales that run."""
+        return tuple(scale for scale, entry in enumerate(self.executed_plan.scales) if entry.runs)
+
+    def step(self, scale: int) -> ScaleStep:
+        """What the compiled step of a scale depends on besides the grids, the model and the capacities."""
+        breaks = set(self.transformer.level_layers)
+        if self.guided and self.guidance_layer != 0:
+            breaks.add(self.transformer.depth + self.guidance_layer + 1)
+        step = self.executed_plan.step(scale, tuple(sorted(breaks)))
+        return dataclasses.replace(step, guided=step.guided and self.guided)
 
 
 class LoopState(NamedTuple):
@@ -70,10 +83,12 @@ class LoopState(NamedTuple):
     Attributes:
       cache: keys (normalised and rotated) and values of every layer, at full capacity.
       code_map: sum of the codes so far, resized to the last tokenizer grid.
+      saved: what layers added to the residual stream at an earlier scale, for those that a later one does not run.
     """
 
     cache: Cache
     code_map: Float[Array, "batch height width code_dim"]
+    saved: Updates
 
 
 class SamplingSettings(NamedTuple):
@@ -91,11 +106,15 @@ class ScaleOutput(NamedTuple):
     Attributes:
       bits: what the model chose, on the tokenizer grid.
       logits_raw: before temperature and guidance, conditional rows first; only rows whose logits are used.
+      kept: by layers, indices of the tokens that ran where not all did; `LayersResult.kept`.
+      entropy: attention entropy in nats of the layers asked for, mean over heads; NaN where a token did not run.
       activations: `block0_in` and `block{i}_out` by name.
     """
 
     bits: UInt8[Array, "batch height width code_dim"]
     logits_raw: Float[Array, "rows tokens two_bits"] | None
+    kept: dict[Span, Int[Array, "rows choices kept"]] | None
+    entropy: Float[Array, "layers rows tokens"] | None
     activations: dict[str, Array] | None
 
 
@@ -134,30 +153,48 @@ def encode_context(
     return model.encode_text(features, lengths)
 
 
-def initial_state(loop: LoopConfig, batch: int) -> LoopState:
-    """An empty cache and an all-zero code map."""
-    config = loop.transformer
-    rows = batch * (2 if loop.guided else 1)
-    shape = (rows, loop.cache_capacity, config.num_heads, config.head_dim)
+def initial_state(loop: LoopConfig, batch: int, scale: int = 0) -> LoopState:
+    """A state of zeros: where a run starts, and the shapes that any scale's step takes."""
+    config, step = loop.transformer, loop.step(scale)
+    rows = batch * (2 if step.guided else 1)
+    capacities = loop.cache_capacities or loop.executed_plan.cache_capacities
+    heads = (config.num_heads, config.head_dim)
     height, width = loop.code_grids[-1]
+    parts = 3 if step.by_sublayer else 1
+    tokens = 0 if step.restore_grid is None else step.restore_grid.size
     return LoopState(
         cache=tuple(
-            KeyValue(jnp.zeros(shape, loop.dtype), jnp.zeros(shape, loop.dtype)) for _ in range(config.depth)
+            KeyValue(*(jnp.zeros((rows, capacity, *heads), loop.dtype) for _ in range(2)))
+            for capacity in capacities
         ),
         code_map=jnp.zeros((batch, height, width, config.code_dim), jnp.float32),
+        saved={span: jnp.zeros((rows, parts, tokens, config.embed_dim), loop.dtype) for span in step.restored},
     )
 
 
+def prepare(state: LoopState, step: ScaleStep) -> LoopState:
+    """The state as the next step takes it: without updates that no scale needs any more. Moves no data."""
+    return state._replace(saved={span: state.saved[span] for span in step.restored})
+
+
+def drop_unconditional_rows(
+    cache: Cache, saved: Updates, context: TextContext, *, batch: int
+) -> tuple[Cache, Updates, TextContext]:
+    """Goes on with the conditional rows alone, once a plan stops guiding."""
+    kept: tuple[Cache, Updates, TextContext] = jax.tree.map(lambda x: x[:batch], (cache, saved, context))
+    return kept
+
+
 def _scale_input(
-    model: Infinity, context: TextContext, code_map: Array, loop: LoopConfig, scale: int
+    model: Infinity, context: TextContext, code_map: Array, loop: LoopConfig, step: ScaleStep
 ) -> Float[Array, "rows tokens channels"]:
-    if scale == 0:
+    if step.scale == 0:
         return model.start_tokens(context)
-    latent = resize_bilinear(code_map, loop.code_grids[scale])
+    latent = resize_bilinear(code_map, loop.code_grids[step.scale])
     if loop.transformer.patchify:
         latent = pixel_unshuffle(latent)
     x = model.embed_codes(latent.reshape(latent.shape[0], -1, latent.shape[-1]))
-    return jnp.concatenate([x, x]) if loop.guided else x
+    return jnp.concatenate([x, x]) if step.guided else x
 
 
 def _choose_bits(
@@ -165,16 +202,16 @@ def _choose_bits(
     draws: Float[Array, "batch tokens bits 2"],
     settings: SamplingSettings,
     loop: LoopConfig,
-    scale: int,
+    step: ScaleStep,
 ) -> UInt8[Array, "batch height width code_dim"]:
     logits = logits_raw / settings.temperature
-    if loop.guided and loop.guidance_layer == 0:
+    if step.guided and loop.guidance_layer == 0:
         conditional, unconditional = jnp.split(logits, 2)
         logits = sampling.guide(conditional, unconditional, settings.guidance_scale)
     logits = logits.reshape(draws.shape)
     probabilities = sampling.filter_probabilities(logits, settings.top_k, settings.top_p)
     bits = sampling.sample_classes(probabilities, draws)
-    bits = bits.reshape(bits.shape[0], *loop.schedule[scale], -1)
+    bits = bits.reshape(bits.shape[0], *loop.schedule[step.scale], -1)
     return pixel_shuffle(bits) if loop.transformer.patchify else bits
 
 
@@ -186,62 +223,79 @@ def scale_step(
     settings: SamplingSettings,
     forced_bits: UInt8[Array, "batch height width code_dim"] | None = None,
     draws: Float[Array, "batch tokens bits 2"] | None = None,
+    scores: Float[Array, "runs batch tokens"] | None = None,
     *,
     loop: LoopConfig,
     scale: int,
     record: Record = "bits",
+    entropy_layers: tuple[int, ...] = (),
 ) -> tuple[LoopState, ScaleOutput]:
     """Runs one scale.
 
+    Of the loop's plan it depends on `loop.step(scale)` and the capacities alone: plans that agree on these compile
+    to the same program.
+
     Args:
       params: the transformer's parameters.
-      state: from the scale before.
+      state: from the last scale that ran; see `prepare` and `drop_unconditional_rows`.
       context: the text.
       keys: one random key per image; draws depend on it, the scale, the token and the bit alone.
       settings: guidance and sampling of this scale.
       forced_bits: bits to go on with instead of the chosen ones.
       draws: Exp(1) draws to use instead of the keys'.
+      scores: where the plan selects by scores, one per token for every run of layers that keeps some
+        (`ScaleStep.scored_runs`): the lowest are kept.
       loop: the run (static).
-      scale: index of the scale (static).
+      scale: index of a scale that runs (static).
       record: what to report besides the bits (static).
+      entropy_layers: layers whose attention entropy to report (static).
     """
-    config = loop.transformer
+    config, step = loop.transformer, loop.step(scale)
     model: Infinity = bind(Infinity, config, loop.dtype, params)
-    grid = loop.schedule[scale]
+    grid, batch = loop.schedule[scale], state.code_map.shape[0]
     if draws is None:
         draws = jax.vmap(
             lambda key: sampling.exponential_draws(jax.random.fold_in(key, scale), grid.size, config.token_bits)
         )(keys)
 
-    def guide_inside(layer: int, x: Array) -> Array:
-        if not loop.guided or layer != config.depth + loop.guidance_layer:
+    def guide_inside(next_layer: int, x: Array) -> Array:
+        if not step.guided or next_layer != config.depth + loop.guidance_layer + 1:
             return x
         guidance_scale = jnp.asarray(settings.guidance_scale)
         conditional, unconditional = jnp.split(x, 2)
         mixed = sampling.guide(conditional, unconditional, guidance_scale)
         return jnp.where(guidance_scale == 1, x, jnp.concatenate([mixed, mixed]))
 
-    x = _scale_input(model, context, state.code_map, loop, scale)
-    x, cache, activations = model.forward(
-        x,
+    layers = run_layers(
+        model,
+        _scale_input(model, context, state.code_map, loop, step),
         context,
         model.level_embedding[scale],
         rope.rotation(grid, loop.rope_grid, config.head_dim, config.rope_mode),
-        lambda layer: append_and_attend(state.cache[layer], loop.cache_length(scale)),
-        guide_inside,
+        state.cache,
+        state.saved,
+        scores,
+        step=step,
+        grid=grid,
+        batch=batch,
+        entropy_layers=entropy_layers,
+        after_run=guide_inside,
     )
-    if loop.guided and loop.guidance_layer != 0:
+    x = layers.x
+    if step.guided and loop.guidance_layer != 0:
         x = jnp.split(x, 2)[0]
     logits_raw = model.logits(x, context)
-    bits = _choose_bits(logits_raw, draws, settings, loop, scale)
+    bits = _choose_bits(logits_raw, draws, settings, loop, step)
     codes = bits_to_codes(bits if forced_bits is None else forced_bits)
     code_map = state.code_map + resize_bilinear(codes, loop.code_grids[-1])
     output = ScaleOutput(
         bits=bits,
         logits_raw=None if record == "bits" else logits_raw,
-        activations=activations if record == "activations" else None,
+        kept=None if record == "bits" else layers.kept,
+        entropy=layers.entropy,
+        activations=layers.activations if record == "activations" else None,
     )
-    return LoopState(cache, code_map), output
+    return LoopState(layers.cache, code_map, state.saved | layers.saved), output
 
 
 def sample(
@@ -253,7 +307,9 @@ def sample(
     *,
     loop: LoopConfig,
 ) -> tuple[Float[Array, "batch height width code_dim"], tuple[UInt8[Array, "batch _height _width code_dim"], ...]]:
-    """Generates the code maps of a batch: every scale in turn, without leaving the program.
+    """Generates the code maps of a batch: every scale of the plan in turn, without leaving the program.
+
+    The plan must not select by scores: those come from a policy, which looks at one scale before it runs the next.
 
     Args:
       params: the transformer's parameters.
@@ -264,12 +320,20 @@ def sample(
       loop: the run (static).
 
     Returns:
-      The final code map for the tokenizer's decoder, and the bits of every scale.
+      The final code map for the tokenizer's decoder, and the bits of every scale that runs.
     """
+    batch = features.shape[0]
     context = encode_context(params, features, lengths, loop=loop)
-    state = initial_state(loop, features.shape[0])
+    state = initial_state(loop, batch)
     bits = []
-    for scale, scale_settings in enumerate(settings):
-        state, output = scale_step(params, state, context, keys, scale_settings, loop=loop, scale=scale)
+    guided = loop.guided
+    for scale in loop.executed_scales:
+        step = loop.step(scale)
+        state = prepare(state, step)
+        if guided and not step.guided:
+            cache, saved, context = drop_unconditional_rows(state.cache, state.saved, context, batch=batch)
+            state = state._replace(cache=cache, saved=saved)
+        guided = step.guided
+        state, output = scale_step(params, state, context, keys, settings[scale], loop=loop, scale=scale)
         bits.append(output.bits)
     return state.code_map, tuple(bits)

@@ -1,15 +1,16 @@
 """The Infinity transformer, read from top to bottom in data-flow order.
 
 Text features become a context that all scales share (`Infinity.encode_text`); the tokens of one scale run through
-the blocks, attending to themselves and to the cached keys and values of earlier scales (`Infinity.forward`); the
-head turns them into two logits per bit (`Infinity.logits`). The loop over scales is in `scale_loop.py`.
+the blocks, attending to themselves and to the cached keys and values of earlier scales (`Infinity.run_block`); the
+head turns them into two logits per bit (`Infinity.logits`). Which tokens run through which blocks is decided in
+`pruning/execution.py`; the loop over scales is in `scale_loop.py`.
 
 Source: docs/spec/infinity.md, sections 3 and 4. Precision: `precision.py`. Shapes: rows = images, doubled under
 guidance (conditional rows first); tokens = tokens of the scales at hand; bits = bits that one token predicts.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,12 @@ class KeyValue(NamedTuple):
 
 
 Cache = tuple[KeyValue, ...]  # one entry per layer
-Rotation = tuple[Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]]
+# cos and sin of the tokens at hand, the same in every row or each row's own.
+Rotation = tuple[Float[Array, "*rows tokens pairs"], Float[Array, "*rows tokens pairs"]]
 
-# Queries, keys and values of the new tokens -> attention output and the layer's new cache entry.
-Attend = Callable[[Array, Array, Array], tuple[Array, KeyValue]]
+T = TypeVar("T")
+# Queries, keys and values of the new tokens -> attention output, and whatever the caller wants back of the layer.
+Attend = Callable[[Array, Array, Array], tuple[Array, T]]
 
 
 class TextContext(NamedTuple):
@@ -172,8 +175,8 @@ class SelfAttention(nnx.Module):
         self.output = _linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "rows tokens channels"], rotation: Rotation, attend: Attend
-    ) -> tuple[Float[Array, "rows tokens channels"], KeyValue]:
+        self, x: Float[Array, "rows tokens channels"], rotation: Rotation, attend: Attend[T]
+    ) -> tuple[Float[Array, "rows tokens channels"], T]:
         heads, dtype = self.log_scale.shape[0], self.query_bias.dtype
         query, key, value = jnp.split(self.query_key_value(x), 3, axis=-1)
         query = split_heads(query + self.query_bias[...], heads)
@@ -183,8 +186,8 @@ class SelfAttention(nnx.Module):
         scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE).astype(jnp.float32))
         query = rope.rotate(_normalize(query) * scale[:, None], *rotation).astype(dtype)
         key = rope.rotate(_normalize(key), *rotation).astype(dtype)
-        output, cache = attend(query, key, value)
-        return self.output(output.reshape(x.shape)), cache
+        output, result = attend(query, key, value)
+        return self.output(output.reshape(x.shape)), result
 
 
 def _normalize(x: Float[Array, "rows tokens heads head_dim"]) -> Float[Array, "rows tokens heads head_dim"]:
@@ -228,6 +231,31 @@ class Block(nnx.Module):
         self.cross_attention = CrossAttention(config, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, config.mlp_dim, width, dtype=dtype, rngs=rngs)
 
+    def attention_update(
+        self,
+        x: Float[Array, "rows tokens channels"],
+        modulation: Float[Array, "rows 6 channels"],
+        rotation: Rotation,
+        attend: Attend[T],
+    ) -> tuple[Float[Array, "rows tokens channels"], T]:
+        """What self attention adds to the residual stream of the tokens at hand."""
+        gate, scale, shift = (modulation[:, i] for i in (0, 2, 4))
+        update, result = self.self_attention(modulate(x, scale, shift), rotation, attend)
+        return gate[:, None] * update, result
+
+    def cross_update(
+        self, x: Float[Array, "rows tokens channels"], text: KeyValue, text_mask: Bool[Array, "rows text_tokens"]
+    ) -> Float[Array, "rows tokens channels"]:
+        """What cross attention adds."""
+        return self.cross_attention(self.cross_norm(x), text, text_mask)
+
+    def mlp_update(
+        self, x: Float[Array, "rows tokens channels"], modulation: Float[Array, "rows 6 channels"]
+    ) -> Float[Array, "rows tokens channels"]:
+        """What the MLP adds."""
+        gate, scale, shift = (modulation[:, i] for i in (1, 3, 5))
+        return gate[:, None] * self.mlp(modulate(x, scale, shift))
+
     def __call__(
         self,
         x: Float[Array, "rows tokens channels"],
@@ -235,43 +263,52 @@ class Block(nnx.Module):
         text: KeyValue,
         text_mask: Bool[Array, "rows text_tokens"],
         rotation: Rotation,
-        attend: Attend,
-    ) -> tuple[Float[Array, "rows tokens channels"], KeyValue]:
-        gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = (
-            modulation[:, i] for i in range(6)
-        )
-        update, cache = self.self_attention(modulate(x, scale_attention, shift_attention), rotation, attend)
-        x = x + gate_attention[:, None] * update
-        x = x + self.cross_attention(self.cross_norm(x), text, text_mask)
-        x = x + gate_mlp[:, None] * self.mlp(modulate(x, scale_mlp, shift_mlp))
-        return x, cache
+        attend: Attend[T],
+    ) -> tuple[Float[Array, "rows tokens channels"], T]:
+        update, result = self.attention_update(x, modulation, rotation, attend)
+        x = x + update
+        x = x + self.cross_update(x, text, text_mask)
+        x = x + self.mlp_update(x, modulation)
+        return x, result
 
 
-def append_and_attend(cache: KeyValue, length: int) -> Attend:
+class Attended(NamedTuple):
+    """What a layer's attention leaves besides its output.
+
+    Attributes:
+      cache: the layer's cache with the new tokens.
+      entropy: mean over heads of every token's attention entropy, in nats; None where it was not asked for.
+    """
+
+    cache: KeyValue
+    entropy: Float[Array, "rows tokens"] | None
+
+
+def append_and_attend(cache: KeyValue, length: int, return_entropy: bool = False) -> Attend[Attended]:
     """Attention of one scale's tokens to a cache that already holds `length` of them.
 
     The buffers keep their capacity, so a donated cache is updated in place; only the valid prefix is attended to.
     """
 
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, KeyValue]:
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
         update = jax.lax.dynamic_update_slice_in_dim
         entry = KeyValue(update(cache.key, key, length, axis=1), update(cache.value, value, length, axis=1))
         kv_length = length + query.shape[1]
-        output = flash_attention_entropy(
-            query, entry.key, entry.value, scale=1.0, kv_length=kv_length, return_entropy=False
-        ).output
-        return output, entry
+        output, entropy, _ = flash_attention_entropy(
+            query, entry.key, entry.value, scale=1.0, kv_length=kv_length, return_entropy=return_entropy
+        )
+        return output, Attended(entry, None if entropy is None else jnp.mean(entropy, axis=1))
 
     return attend
 
 
-def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend:
+def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:
     """Teacher forcing: all scales at once, each attending to itself and to earlier ones.
 
     Every scale's queries against their prefix of keys is the block-causal mask, without the work it would mask.
     """
 
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, KeyValue]:
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
         outputs, start = [], 0
         for grid in schedule:
             end = start + grid.size
@@ -281,7 +318,7 @@ def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend:
                 ).output
             )
             start = end
-        return jnp.concatenate(outputs, axis=1), KeyValue(key, value)
+        return jnp.concatenate(outputs, axis=1), None
 
     return attend
 
@@ -343,42 +380,28 @@ class Infinity(nnx.Module):
         """Input of a later scale: the codes so far, resized to its grid."""
         return self.word_embedding(codes)
 
-    def forward(
+    def run_block(
         self,
+        layer: int,
         x: Float[Array, "rows tokens channels"],
         context: TextContext,
-        levels: Float[Array, "*tokens channels"],
         rotation: Rotation,
-        attend: Callable[[int], Attend],
-        after_block: Callable[[int, Array], Array] = lambda _, x: x,
-    ) -> tuple[Float[Array, "rows tokens channels"], Cache, dict[str, Array]]:
-        """Runs the blocks.
+        attend: Attend[T],
+    ) -> tuple[Float[Array, "rows tokens channels"], T]:
+        """Runs one block on the tokens given.
 
         Args:
-          x: input tokens, level embedding not yet added.
+          layer: index of the block.
+          x: residual stream.
           context: the text.
-          levels: level embedding of the tokens.
           rotation: cos and sin of the tokens.
-          attend: layer index -> how that layer attends.
-          after_block: (layer index, x) -> x, for guidance inside the layers.
+          attend: how the tokens attend.
 
         Returns:
-          The output tokens, the new cache, and the named intermediates `block0_in` and `block{i}_out`.
+          The residual stream after the block, and what `attend` leaves besides its output.
         """
-        config = self.config
-        per_chunk = config.depth // config.num_chunks
-        intermediates: dict[str, Array] = {}
-        caches = []
-        for i, block in enumerate(self.blocks):
-            if i == 0 or (config.level_embedding_per_chunk and i % per_chunk == 0):
-                x = x + levels
-            if i == 0:
-                intermediates["block0_in"] = x
-            x, cache = block(x, context.modulation[i], context.key_values[i], context.mask, rotation, attend(i))
-            x = after_block(i, x)
-            caches.append(cache)
-            intermediates[f"block{i}_out"] = x
-        return x, tuple(caches), intermediates
+        modulation, text = context.modulation[layer], context.key_values[layer]
+        return self.blocks[layer](x, modulation, text, context.mask, rotation, attend)
 
     def logits(
         self, x: Float[Array, "rows tokens channels"], context: TextContext
@@ -395,7 +418,7 @@ class Infinity(nnx.Module):
         *,
         schedule: ScaleSchedule,
         rope_grid: Grid,
-        attend: Attend | None = None,
+        attend: Attend[Any] | None = None,
     ) -> Float[Array, "rows tokens two_bits"]:
         """Logits of all scales in one pass, given every later scale's input codes (training; section 4.3).
 
@@ -417,6 +440,8 @@ class Infinity(nnx.Module):
         )
         rotations = [rope.rotation(grid, rope_grid, config.head_dim, config.rope_mode) for grid in schedule]
         cos, sin = (jnp.concatenate(tables) for tables in zip(*rotations, strict=True))
-        every_layer = attend_scale_by_scale(schedule) if attend is None else attend
-        x, _, _ = self.forward(x, context, levels, (cos, sin), lambda _: every_layer)
+        for layer in range(config.depth):
+            if layer in config.level_layers:
+                x = x + levels
+            x, _ = self.run_block(layer, x, context, (cos, sin), attend or attend_scale_by_scale(schedule))
         return self.logits(x, context)

@@ -80,11 +80,17 @@ def rotation(
 
 def rotate(
     x: Float[Array, "batch tokens heads head_dim"],
-    cos: Float[Array, "tokens pairs"],
-    sin: Float[Array, "tokens pairs"],
+    cos: Float[Array, "*batch tokens pairs"],
+    sin: Float[Array, "*batch tokens pairs"],
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Rotates adjacent channel pairs (u, v) to (u cos - v sin, u sin + v cos)."""
+    """Rotates adjacent channel pairs (u, v) to (u cos - v sin, u sin + v cos).
+
+    Args:
+      x: queries or keys.
+      cos: one row per token, for all of the batch or for each entry apart.
+      sin: the same.
+    """
     pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     u, v = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.stack([u * cos - v * sin, u * sin + v * cos], axis=-1).reshape(x.shape)

@@ -16,7 +16,8 @@ from toprovar_jax.schedule import Grid, ScaleSchedule
 # How the kept tokens are found.
 # "variance": before every sub-layer anew, the tokens furthest from the mean of the residual stream, each row for
 #   itself (FastVAR).
-# "entropy": once for a run of layers, those of lowest attention entropy in the layer before it.
+# "entropy": once for a run of layers, those of lowest attention entropy in the last layer before it
+#   that has all tokens.
 # "scores": once for a run of layers, those of lowest score, handed to the step.
 Selection = Literal["variance", "entropy", "scores"]
 
@@ -92,6 +93,7 @@ class ScaleStep:
       restored: layers whose updates, saved by an earlier scale, the state still carries.
       restore_grid: the grid of those updates; None where there are none.
       saved: layers whose updates this step has to save.
+      by_sublayer: whether updates are saved and restored per sub-layer.
     """
 
     scale: int
@@ -102,6 +104,7 @@ class ScaleStep:
     restored: tuple[Span, ...]
     restore_grid: Grid | None
     saved: tuple[Span, ...]
+    by_sublayer: bool
 
     @property
     def scored_runs(self) -> tuple[LayerRun, ...]:
@@ -224,6 +227,7 @@ class Plan:
             restored=needed if carries else (),
             restore_grid=self.schedule[restore_scale] if carries else None,
             saved=needed if restore_scale == scale else (),
+            by_sublayer=bool(needed) and restore_scale <= scale and self.selection == "variance",
         )
 
     def _restored_spans(self, first: int, breaks: tuple[int, ...]) -> tuple[Span, ...]:

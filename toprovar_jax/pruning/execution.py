@@ -1,0 +1,282 @@
+"""Runs the layers of one scale as its step says: on all tokens, on kept ones, or not at all.
+
+What does not run adds the update that the same layers made at an earlier scale, resized. Kept tokens are gathered
+before any norm or product, so the work of the others is not compiled.
+Source: docs/spec/toprovar.md, sections 5 and 6; docs/spec/fastvar_skipvar.md, sections A.1 and A.2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from toprovar_jax.models.infinity import (
+    Attend,
+    Attended,
+    Cache,
+    Infinity,
+    Rotation,
+    TextContext,
+    append_and_attend,
+)
+from toprovar_jax.pruning.entropy import lowest_tokens
+from toprovar_jax.pruning.plan import LayerRun, ScaleStep, Span
+from toprovar_jax.resize import resize_area
+from toprovar_jax.schedule import Grid
+
+# By layers, what they added to the residual stream of every token: in one piece, or per sub-layer where tokens are
+# chosen before every sub-layer.
+Updates = dict[Span, Float[Array, "rows parts tokens channels"]]
+
+
+class LayersResult(NamedTuple):
+    """What the layers of one scale left behind.
+
+    Attributes:
+      x: the residual stream of all tokens.
+      cache: with the tokens that ran.
+      saved: the updates that the step has to save.
+      kept: by layers, indices of the tokens that ran; once per sub-layer where each has its own choice, else once.
+      entropy: of the layers asked for, the attention entropy of their tokens in nats, mean over heads; NaN where a
+        token did not run.
+      activations: `block0_in`, and `block{i}_out` of every layer after which all tokens are at hand.
+    """
+
+    x: Float[Array, "rows tokens channels"]
+    cache: Cache
+    saved: Updates
+    kept: dict[Span, Int[Array, "rows choices kept"]]
+    entropy: Float[Array, "layers rows tokens"] | None
+    activations: dict[str, Array]
+
+
+def run_layers(
+    model: Infinity,
+    x: Float[Array, "rows tokens channels"],
+    context: TextContext,
+    levels: Float[Array, "channels"],
+    rotation: Rotation,
+    cache: Cache,
+    restored: Updates,
+    scores: Float[Array, "runs batch tokens"] | None,
+    *,
+    step: ScaleStep,
+    grid: Grid,
+    batch: int,
+    entropy_layers: tuple[int, ...],
+    after_run: Callable[[int, Array], Array],
+) -> LayersResult:
+    """Runs all layers of a scale.
+
+    Args:
+      model: the transformer.
+      x: input tokens, level embedding not yet added.
+      context: the text.
+      levels: the scale's level embedding.
+      rotation: cos and sin of all tokens.
+      cache: keys and values of earlier scales.
+      restored: updates that an earlier scale saved.
+      scores: where the step selects by scores, one per token for every scored run: the lowest are kept.
+      step: what runs (static).
+      grid: the scale's grid.
+      batch: number of images, so that rows = batch, or 2 x batch under guidance.
+      entropy_layers: layers whose attention entropy is wanted (static).
+      after_run: (index of the next layer, x) -> x, after every run of layers, for guidance inside the layers.
+    """
+    execution = _Execution(model, context, rotation, cache, restored, scores, step, grid, batch, entropy_layers)
+    for run in step.runs:
+        start, stop = run.span
+        if start in model.config.level_layers:
+            x = x + levels
+        if start == 0:
+            execution.activations["block0_in"] = x
+        x = after_run(stop, execution.run(run, x))
+        execution.activations[f"block{stop - 1}_out"] = x
+    return LayersResult(
+        x=x,
+        cache=tuple(execution.cache),
+        saved=execution.saved,
+        kept=execution.kept,
+        entropy=execution.stacked_entropy(entropy_layers),
+        activations=execution.activations,
+    )
+
+
+class _Execution:
+    """One pass through the layers while it is traced: what goes in, and what has come out so far."""
+
+    def __init__(
+        self,
+        model: Infinity,
+        context: TextContext,
+        rotation: Rotation,
+        cache: Cache,
+        restored: Updates,
+        scores: Array | None,
+        step: ScaleStep,
+        grid: Grid,
+        batch: int,
+        entropy_layers: tuple[int, ...],
+    ):
+        self._model = model
+        self._context = context
+        self._rotation = rotation
+        self._restored = restored
+        self._step = step
+        self._grid = grid
+        self._batch = batch
+        self._scores = {} if scores is None else dict(zip(step.scored_runs, scores, strict=True))
+        self._sources = _entropy_sources(step)
+        self._entropy_layers = {*entropy_layers, *self._sources.values()}
+        self.cache = list(cache)
+        self.saved: Updates = {}
+        self.kept: dict[Span, Array] = {}
+        self.entropy: dict[int, Array] = {}
+        self.activations: dict[str, Array] = {}
+
+    def run(self, run: LayerRun, x: Array) -> Array:
+        """Runs some layers and returns the residual stream of all tokens."""
+        if not run.pruned:
+            return self._run_all_tokens(run.span, x)
+        if run.kept_tokens == 0:
+            return x + self._restore(run.span).sum(axis=1)
+        if self._step.selection == "variance":
+            return self._run_sublayers(run, x)
+        return self._run_kept_tokens(run, x)
+
+    def stacked_entropy(self, layers: tuple[int, ...]) -> Float[Array, "layers rows tokens"] | None:
+        """Maps of some layers; NaN for those that were skipped."""
+        if not layers:
+            return None
+        absent = jnp.full((self._batch * (2 if self._step.guided else 1), self._grid.size), jnp.nan)
+        return jnp.stack([self.entropy.get(layer, absent) for layer in layers])
+
+    def _run_all_tokens(self, span: Span, x: Array) -> Array:
+        by_sublayer = self._step.by_sublayer
+        before: dict[int, Array] = {}
+        for layer in range(*span):
+            before[layer] = x
+            if by_sublayer and Span(layer, layer + 1) in self._step.saved:
+                x = self._run_and_save_sublayers(layer, x)
+            else:
+                x, attended = self._model.run_block(layer, x, self._context, self._rotation, self._attend(layer))
+                self._record(layer, attended)
+            self.activations[f"block{layer}_out"] = x
+            for saved in self._step.saved if not by_sublayer else ():
+                if saved.stop == layer + 1 and saved.start in before:
+                    self._save(saved, [x - before[saved.start]])
+        return x
+
+    def _run_and_save_sublayers(self, layer: int, x: Array) -> Array:
+        updates = []
+        for update_of in self._sublayers(layer):
+            update = update_of(x, self._rotation, None)
+            updates.append(update)
+            x = x + update
+        self._save(Span(layer, layer + 1), updates)
+        return x
+
+    def _run_sublayers(self, run: LayerRun, x: Array) -> Array:
+        """One layer; tokens are chosen before every sub-layer, in every row for itself."""
+        (layer, _), choices = run.span, []
+        for update_of, base in zip(self._sublayers(layer), self._restore(run.span).swapaxes(0, 1), strict=True):
+            kept = _furthest_from_mean(x, run.kept_tokens)
+            choices.append(kept)
+            update = update_of(_gather(x, kept), _gather_rotation(self._rotation, kept), kept)
+            x = x + _scatter(base, kept, update)
+        self.kept[run.span] = jnp.stack(choices, axis=1)
+        return x
+
+    def _run_kept_tokens(self, run: LayerRun, x: Array) -> Array:
+        """All layers of the run on the same tokens, which both guidance halves share."""
+        if self._step.selection == "entropy":
+            scores = self.entropy[self._sources[run]].reshape(-1, self._batch, self._grid.size).mean(axis=0)
+        else:
+            scores = self._scores[run]
+        kept = lowest_tokens(scores, self._grid, run.kept_tokens)
+        kept = jnp.tile(kept, (x.shape[0] // self._batch, 1))
+        self.kept[run.span] = kept[:, None]
+        rotation = _gather_rotation(self._rotation, kept)
+        base = x + self._restore(run.span)[:, 0]
+        x = _gather(x, kept)
+        for layer in range(*run.span):
+            x, attended = self._model.run_block(layer, x, self._context, rotation, self._attend(layer))
+            self._record(layer, attended, kept)
+        return _scatter(base, kept, x)
+
+    def _sublayers(self, layer: int) -> tuple[Callable[[Array, Rotation, Array | None], Array], ...]:
+        """The three updates of a block as functions of tokens, their rotation and their indices."""
+        block, context = self._model.blocks[layer], self._context
+        modulation = context.modulation[layer]
+
+        def attention(x: Array, rotation: Rotation, kept: Array | None) -> Array:
+            update, attended = block.attention_update(x, modulation, rotation, self._attend(layer))
+            self._record(layer, attended, kept)
+            return update
+
+        return (
+            attention,
+            lambda x, *_: block.cross_update(x, context.key_values[layer], context.mask),
+            lambda x, *_: block.mlp_update(x, modulation),
+        )
+
+    def _attend(self, layer: int) -> Attend[Attended]:
+        length = self._step.cache_lengths[layer]
+        return append_and_attend(self.cache[layer], length, return_entropy=layer in self._entropy_layers)
+
+    def _record(self, layer: int, attended: Attended, kept: Array | None = None) -> None:
+        self.cache[layer] = attended.cache
+        if (entropy := attended.entropy) is not None:
+            if kept is not None:
+                entropy = _scatter(jnp.full((entropy.shape[0], self._grid.size), jnp.nan), kept, entropy)
+            self.entropy[layer] = entropy
+
+    def _save(self, span: Span, updates: list[Array]) -> None:
+        dtype = self.cache[span.start].key.dtype
+        self.saved[span] = jnp.stack(updates, axis=1).astype(dtype)
+
+    def _restore(self, span: Span) -> Float[Array, "rows parts tokens channels"]:
+        assert self._step.restore_grid is not None
+        saved = self._restored[span]
+        rows, parts, _, channels = saved.shape
+        resized = resize_area(saved.reshape(rows * parts, *self._step.restore_grid, channels), self._grid)
+        return resized.reshape(rows, parts, self._grid.size, channels)
+
+
+def _entropy_sources(step: ScaleStep) -> dict[LayerRun, int]:
+    """For every run whose tokens are chosen by entropy, the last layer before it that has all tokens."""
+    if step.selection != "entropy":
+        return {}
+    return {
+        run: max(
+            layer
+            for earlier in step.runs
+            if not earlier.pruned
+            for layer in range(*earlier.span)
+            if layer < run.span.start
+        )
+        for run in step.scored_runs
+    }
+
+
+def _furthest_from_mean(x: Float[Array, "rows tokens channels"], count: int) -> Int[Array, "rows count"]:
+    """FastVAR's choice: tokens by falling squared distance from the mean token of their row."""
+    distance = jnp.sum(jnp.square(x - jnp.mean(x, axis=1, keepdims=True)), axis=-1)
+    return jax.lax.top_k(distance, count)[1]
+
+
+def _gather(x: Float[Array, "rows tokens channels"], kept: Int[Array, "rows kept"]) -> Array:
+    return jnp.take_along_axis(x, kept[..., None], axis=1)
+
+
+def _gather_rotation(rotation: Rotation, kept: Int[Array, "rows kept"]) -> Rotation:
+    cos, sin = rotation
+    return cos[kept], sin[kept]
+
+
+def _scatter(base: Array, kept: Int[Array, "rows kept"], values: Array) -> Array:
+    """`base` [rows, tokens, ...] with `values` [rows, kept, ...] at the kept tokens."""
+    rows = jnp.arange(kept.shape[0])[:, None]
+    return base.at[rows, kept].set(values, unique_indices=True)
