@@ -25,7 +25,7 @@ from convert.readers import read_weights
 from convert.reference import bsq_vae, infinity
 from toprovar_jax import checkpoint, command_line
 from toprovar_jax.checkpoint import Component
-from toprovar_jax.config import ARCHITECTURES, VAE_STRIDE_8, VAE_STRIDE_16, CheckpointConfig, VAEConfig
+from toprovar_jax.config import ARCHITECTURES, VAE_STRIDE_8, VAE_STRIDE_16, VAEConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import load_manifest
 
@@ -73,9 +73,9 @@ def watch(command: list[str]) -> tuple[int, float]:
     return peak, time.perf_counter() - started
 
 
-def count_differences(out: Path, component: Component, source: Path, config: CheckpointConfig) -> int:
+def count_differences(out: Path, component: Component, source: Path, config: conversion.ModelConfig) -> int:
     """Loads a component, digests verified, and counts values that are not those of the file, rounded."""
-    expected = checkpoint.flatten(conversion.map_parameters(read_weights(source), config, component))
+    expected = checkpoint.flatten(conversion.map_parameters(read_weights(source), component, config))
     loaded = checkpoint.flatten(checkpoint.load_parameters(out, component))
     return sum(int(np.sum(np.asarray(leaf) != expected[path].astype(leaf.dtype))) for path, leaf in loaded.items())
 
@@ -94,8 +94,8 @@ def main() -> None:
         command = ["-m", "convert", "--transformer", str(transformer), "--vae", str(vae), "--out", str(out)]
         peak, seconds = watch([sys.executable, *command, "--dtype", values.dtype])
         manifest = load_manifest(out)
-        different = count_differences(out, "transformer", transformer, manifest.config)
-        different += count_differences(out, "vae", vae, manifest.config)
+        different = count_differences(out, "transformer", transformer, manifest.config.transformer)
+        different += count_differences(out, "vae", vae, manifest.config.vae)
         results = {
             "model": values.model,
             "dtype": values.dtype,

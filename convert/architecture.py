@@ -1,8 +1,9 @@
 """Shapes of the tensors in a file -> configuration of the model that they belong to.
 
 Every number is read off several tensors where it can be, and the majority counts: a single wrong tensor is then
-reported as that by the comparison of all shapes, and not as a model of odd shape. Source: docs/spec/infinity.md,
-sections 1.2, 4.1 and 6.
+reported as that by the comparison of all shapes, and not as a model of odd shape. Where all tensors that tell a
+number are missing, any number will do: the comparison lists them together with everything else that does not fit.
+Source: docs/spec/infinity.md, sections 1.2, 4.1 and 6.
 """
 
 import json
@@ -12,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from convert.mapping import REMEDY
 from convert.names import Shape
 from convert.readers import Weights
-from toprovar_jax.config import InfinityConfig, T5Config, VAEConfig
+from toprovar_jax.config import ConfigError, InfinityConfig, T5Config, VAEConfig
 from toprovar_jax.errors import InputError
 
 Kind = Literal["transformer", "VAE", "text encoder"]
@@ -62,12 +64,13 @@ def infinity_config(
       level_embedding_per_chunk: see `InfinityConfig`; the file does not say.
 
     Raises:
-      InputError: a number cannot be read, or token and code widths do not belong together.
+      InputError: token and code widths do not belong together, or no model has these numbers.
     """
     read = _Reader(weights)
     token_bits = read.vote(
         "bits per token",
-        [*read.sizes(r"word_embed\.weight", 1), *(rows // 2 for rows in read.sizes(r"head\.weight", 0))],
+        [*read.sizes(r"word_embed\.weight", 1), *(rows // 2 for rows in read.sizes(r"head\.(weight|bias)", 0))],
+        otherwise=vae.code_dim,
     )
     if token_bits not in (vae.code_dim, 4 * vae.code_dim):
         raise InputError(
@@ -77,34 +80,53 @@ def infinity_config(
     chunks = read.indices(r"block_chunks\.(\d+)\.module\.(\d+)\.")
     plain = read.indices(r"blocks\.(\d+)\.")
     num_chunks = 1 + max((chunk for chunk, _ in chunks), default=0)
-    depth = num_chunks * (1 + max(offset for _, offset in chunks)) if chunks else 1 + max(plain, default=(-1,))[0]
-    return InfinityConfig(
-        depth=depth,
-        embed_dim=read.vote(
+    per_chunk = 1 + max((offset for _, offset in chunks), default=max(plain, default=(0,))[0])
+    text_rows = read.vote("number of unconditional features", read.sizes(r"cfg_uncond", 0), MAX_TEXT_LENGTH)
+    numbers = {
+        "depth": num_chunks * per_chunk,
+        "embed_dim": read.vote(
             "width",
             [
                 *read.sizes(r"pos_start", 2),
-                *read.sizes(r"lvl_embed\.weight", 1),
-                *read.sizes(r"word_embed\.weight", 0),
-                *read.sizes(rf"{_BLOCK}\.sa\.(q_bias|proj\.weight)", 0),
+                *read.sizes(r"(lvl_embed|head)\.weight", 1),
+                *read.sizes(r"word_embed\.(weight|bias)", 0),
+                *read.sizes(rf"{_BLOCK}\.(sa\.(q_bias|v_bias|proj\.weight)|ca_norm\.weight)", 0),
             ],
+            otherwise=2048,
         ),
-        num_heads=read.vote("number of heads", read.sizes(rf"{_BLOCK}\.sa\.scale_mul_1H11", 1)),
-        mlp_dim=read.vote(
-            "width of the feed-forward layers", read.sizes(rf"{_BLOCK}\.ffn\.fc1\.(weight|bias)", 0)
+        # Every width has a head, should nothing tell their number.
+        "num_heads": read.vote("number of heads", read.sizes(rf"{_BLOCK}\.sa\.scale_mul_1H11", 1), otherwise=1),
+        "mlp_dim": read.vote(
+            "width of the feed-forward layers",
+            [
+                *read.sizes(rf"{_BLOCK}\.ffn\.fc1\.(weight|bias)", 0),
+                *read.sizes(rf"{_BLOCK}\.ffn\.fc2\.weight", 1),
+            ],
+            otherwise=1,
         ),
-        code_dim=vae.code_dim,
-        patchify=token_bits == 4 * vae.code_dim,
-        num_chunks=num_chunks,
-        level_embedding_per_chunk=level_embedding_per_chunk,
-        rope_mode=rope_mode,
-        text_channels=read.vote(
+        "code_dim": vae.code_dim,
+        "num_chunks": num_chunks,
+        "text_channels": read.vote(
             "width of the text features",
-            [*read.sizes(r"cfg_uncond", 1), *read.sizes(r"text_norm\.weight", 0)],
+            [
+                *read.sizes(r"cfg_uncond", 1),
+                *read.sizes(r"text_norm\.weight", 0),
+                *read.sizes(r"text_proj_for_(sos\.ca\.mat_kv|ca\.0)\.weight", 1),
+            ],
+            otherwise=128,
         ),
-        text_max_length=min([MAX_TEXT_LENGTH, *read.sizes(r"cfg_uncond", 0)]),
-        max_scales=read.vote("number of scales", read.sizes(r"lvl_embed\.weight", 0)),
-    )
+        "text_max_length": min(MAX_TEXT_LENGTH, text_rows),
+        "max_scales": read.vote("number of scales", read.sizes(r"lvl_embed\.weight", 0), otherwise=15),
+    }
+    try:
+        return InfinityConfig(
+            **numbers,
+            patchify=token_bits == 4 * vae.code_dim,
+            level_embedding_per_chunk=level_embedding_per_chunk,
+            rope_mode=rope_mode,
+        )
+    except ConfigError as error:
+        raise InputError(f"{weights.path} has tensors of no possible transformer ({error}): {REMEDY}") from error
 
 
 def is_nested(weights: Weights) -> bool:
@@ -118,31 +140,43 @@ def vae_config(weights: Weights) -> VAEConfig:
     """Configuration of the VAE in a file.
 
     Raises:
-      InputError: a number cannot be read.
+      InputError: no VAE has the numbers that the tensors tell.
     """
     read = _Reader(weights)
-    base_channels = read.vote("channels of the first level", read.sizes(r"encoder\.conv_in(\.conv)?\.weight", 0))
     levels = 1 + max(read.indices(r"(?:encoder\.down|decoder\.up)\.(\d+)\."))[0]
-    channels = [
-        read.vote(
-            f"channels of level {level}",
-            read.sizes(rf"(encoder\.down|decoder\.up)\.{level}\.block\.\d+\.conv[12](\.conv)?\.weight", 0),
+    channels: list[int] = []
+    for level in range(levels):
+        sizes = read.sizes(
+            rf"(encoder\.down|decoder\.up)\.{level}\.block\.\d+\.(conv[12]|norm2)(\.conv|\.norm)?\.(weight|bias)",
+            0,
         )
-        for level in range(levels)
-    ]
+        channels.append(read.vote(f"channels of level {level}", sizes, otherwise=channels[-1] if channels else 32))
+    base_channels = read.vote(
+        "channels of the first convolution",
+        read.sizes(r"encoder\.conv_in(\.conv)?\.(weight|bias)", 0),
+        otherwise=channels[0],
+    )
     if any(count % base_channels for count in channels):
-        raise InputError(f"{weights.path} has levels of {channels} channels, no multiples of {base_channels}")
+        raise InputError(
+            f"{weights.path} has levels of {channels} channels, no multiples of {base_channels}: {REMEDY}"
+        )
     return VAEConfig(
         code_dim=read.vote(
             "bits per code",
             [
                 *read.sizes(r"decoder\.conv_in(\.conv)?\.weight", 1),
-                *read.sizes(r"encoder\.conv_out(\.conv)?\.weight", 0),
+                *read.sizes(r"encoder\.conv_out(\.conv)?\.(weight|bias)", 0),
             ],
+            otherwise=32,
         ),
         base_channels=base_channels,
         channel_multipliers=tuple(count // base_channels for count in channels),
-        num_residual_blocks=1 + max(read.indices(r"encoder\.down\.\d+\.block\.(\d+)\."), default=(0,))[0],
+        # A level of the decoder has one block more.
+        num_residual_blocks=max(
+            1,
+            *(1 + block for (block,) in read.indices(r"encoder\.down\.\d+\.block\.(\d+)\.")),
+            *(block for (block,) in read.indices(r"decoder\.up\.\d+\.block\.(\d+)\.")),
+        ),
     )
 
 
@@ -150,28 +184,38 @@ def t5_config(weights: Weights) -> T5Config:
     """Configuration of the T5 encoder in a folder; what tensors do not say comes from its config.json.
 
     Raises:
-      InputError: a number cannot be read, or it is no T5 with gated GELU (T5 1.1, flan-t5).
+      InputError: config.json is unreadable, or it is no T5 with gated GELU (T5 1.1, flan-t5).
     """
     read = _Reader(weights)
     settings = _json(weights.path / "config.json")
     if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
         raise InputError(f"{weights.path} is no T5 with gated GELU: pass flan-t5-xl or another T5 1.1 encoder")
     embedding = r"(shared|encoder\.embed_tokens)\.weight"
-    num_heads = read.vote(
-        "number of heads", read.sizes(r"encoder\.block\.0\..*\.relative_attention_bias\.weight", 1)
-    )
+    position_bias = r"encoder\.block\.0\..*\.relative_attention_bias\.weight"
     attention = r"encoder\.block\.\d+\.layer\.0\.SelfAttention"
+    mlp = r"encoder\.block\.\d+\.layer\.1\.DenseReluDense"
+    num_heads = read.vote("number of heads", read.sizes(position_bias, 1), otherwise=1)
+    inner_width = read.vote(
+        "width of the attention",
+        [*read.sizes(rf"{attention}\.[qkv]\.weight", 0), *read.sizes(rf"{attention}\.o\.weight", 1)],
+        otherwise=num_heads,
+    )
     return T5Config(
-        vocab_size=read.vote("vocabulary", read.sizes(embedding, 0)),
-        embed_dim=read.vote("width", read.sizes(embedding, 1)),
+        vocab_size=read.vote("vocabulary", read.sizes(embedding, 0), otherwise=T5Config.vocab_size),
+        embed_dim=read.vote(
+            "width",
+            [*read.sizes(embedding, 1), *read.sizes(r"encoder\..*layer_norm\.weight", 0)],
+            otherwise=T5Config.embed_dim,
+        ),
         num_layers=1 + max(read.indices(r"encoder\.block\.(\d+)\."))[0],
         num_heads=num_heads,
-        head_dim=read.vote("head size", read.sizes(rf"{attention}\.[qkv]\.weight", 0)) // num_heads,
+        head_dim=max(1, inner_width // num_heads),
         mlp_dim=read.vote(
             "width of the feed-forward layers",
-            read.sizes(r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wi_[01]\.weight", 0),
+            [*read.sizes(rf"{mlp}\.wi_[01]\.weight", 0), *read.sizes(rf"{mlp}\.wo\.weight", 1)],
+            otherwise=T5Config.mlp_dim,
         ),
-        num_buckets=read.vote("buckets", read.sizes(r"encoder\.block\.0\..*\.relative_attention_bias\.weight", 0)),
+        num_buckets=read.vote("buckets", read.sizes(position_bias, 0), otherwise=T5Config.num_buckets),
         max_distance=settings.get("relative_attention_max_distance", T5Config.max_distance),
         norm_epsilon=settings.get("layer_norm_epsilon", T5Config.norm_epsilon),
     )
@@ -209,9 +253,13 @@ class _Reader:
         matches = (re.match(pattern, name) for name in self._shapes)
         return {tuple(map(int, match.groups())) for match in matches if match}
 
-    def vote(self, what: str, values: Iterable[int]) -> int:
-        """The most frequent of the values, the first of them on a tie."""
-        counts = Counter(values)
-        if not counts:
-            raise InputError(f"{self._path} lacks the tensors that tell the {what}: download it again")
-        return counts.most_common(1)[0][0]
+    def vote(self, what: str, values: Iterable[int], otherwise: int) -> int:
+        """The most frequent of the values, the first of them on a tie; `otherwise` where there are none.
+
+        Raises:
+          InputError: it is zero.
+        """
+        [(winner, _)] = Counter(values).most_common(1) or [(otherwise, 0)]
+        if winner < 1:
+            raise InputError(f"{self._path} has tensors of size 0 where the {what} should be: {REMEDY}")
+        return winner

@@ -136,7 +136,8 @@ class _Comparison:
 def _load(module: nn.Module, weights: Weights, manifest: Manifest, component: Component) -> None:
     """Gives a reference module the file's weights, rounded as the checkpoint stores them."""
     weights = conversion.normalize(weights, component)
-    expected = conversion.official_names(weights, manifest.config, component)
+    conversion.check_values(weights, component)
+    expected = conversion.official_names(weights, component, getattr(manifest.config, component))
     stored = checkpoints.flatten(checkpoints.skeleton(manifest.config, component, manifest.dtype))
     state = {name: torch.zeros(x.shape) for name, x in module.state_dict().items() if name.endswith("zero_k_bias")}
     for name, tensor in weights.tensors.items():

@@ -2,27 +2,42 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tokenizers
+from flax import nnx
 
 from convert import architecture, mapping, names
 from convert.readers import Weights, read_weights
 from toprovar_jax import checkpoint
 from toprovar_jax.checkpoint import TOKENIZER_NAME, Component
-from toprovar_jax.config import CheckpointConfig, GenerationDefaults
+from toprovar_jax.config import CheckpointConfig, GenerationDefaults, InfinityConfig, T5Config, VAEConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import FileRecord, Manifest
-from toprovar_jax.models.skeleton import Parameters
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.skeleton import Parameters, abstract_parameters
+from toprovar_jax.models.t5 import T5Encoder
 
 PathLike = str | os.PathLike[str]
 
-# Patterns of tensors that are not used, and of those that must be zero.
-_UNUSED: dict[Component, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transformer": (names.INFINITY_IGNORED, names.INFINITY_ZERO),
-    "vae": (names.VAE_IGNORED, ()),
-    "text_encoder": (names.T5_IGNORED, ()),
+ModelConfig = InfinityConfig | VAEConfig | T5Config
+
+
+class _Model(NamedTuple):
+    """What a component is called, its module, and the tensors that its files may have besides."""
+
+    kind: architecture.Kind
+    module: Callable[..., nnx.Module]
+    unused: names.Unused
+
+
+_MODELS: dict[Component, _Model] = {
+    "transformer": _Model("transformer", Infinity, names.INFINITY_UNUSED),
+    "vae": _Model("VAE", BSQVAE, names.VAE_UNUSED),
+    "text_encoder": _Model("text encoder", T5Encoder, names.T5_UNUSED),
 }
 
 
@@ -73,6 +88,8 @@ def convert(
         text_weights, tokenizer, files = _read_text_encoder(Path(text_encoder))
         sources += files
     vae_config = architecture.vae_config(vae_weights)
+    # First, because the bits of its codes tell how to read the transformer's tokens.
+    parameters: dict[Component, Parameters] = {"vae": map_parameters(vae_weights, "vae", vae_config)}
     transformer_config = architecture.infinity_config(
         transformer_weights, vae_config, rope_mode=rope_mode, level_embedding_per_chunk=level_embedding_per_chunk
     )
@@ -87,13 +104,13 @@ def convert(
             pixels=pixels,
         ),
     )
-    read: dict[Component, Weights] = {"transformer": transformer_weights, "vae": vae_weights}
-    if text_weights is not None:
-        read["text_encoder"] = text_weights
+    parameters["transformer"] = map_parameters(transformer_weights, "transformer", config.transformer)
+    if text_weights is not None and config.text_encoder is not None:
+        parameters["text_encoder"] = map_parameters(text_weights, "text_encoder", config.text_encoder)
     return checkpoint.save(
         out,
         config,
-        {component: map_parameters(weights, config, component) for component, weights in read.items()},
+        parameters,
         dtype=dtype,
         tokenizer=tokenizer,
         sources=[FileRecord.of(path) for path in sources],
@@ -115,28 +132,36 @@ def normalize(weights: Weights, component: Component) -> Weights:
     return weights
 
 
-def official_names(weights: Weights, config: CheckpointConfig, component: Component) -> names.Names:
-    """The tensors that a component needs, in the spelling of this file."""
-    skeleton = checkpoint.skeleton(config, component, "float32")
+def official_names(weights: Weights, component: Component, config: ModelConfig) -> names.Names:
+    """The tensors that a component of this configuration needs, in the spelling of this file."""
+    skeleton = abstract_parameters(_MODELS[component].module, config, "float32")
     shapes = {path: leaf.shape for path, leaf in checkpoint.flatten(skeleton).items()}
-    if component == "transformer":
-        transformer = config.transformer
-        return names.infinity_names(shapes, depth=transformer.depth, num_chunks=transformer.num_chunks)
-    if component == "vae":
+    if isinstance(config, InfinityConfig):
+        return names.infinity_names(shapes, depth=config.depth, num_chunks=config.num_chunks)
+    if isinstance(config, VAEConfig):
         return names.vae_names(shapes, nested=architecture.is_nested(weights))
     return names.t5_names(shapes)
 
 
-def map_parameters(weights: Weights, config: CheckpointConfig, component: Component) -> Parameters:
+def check_values(weights: Weights, component: Component) -> None:
+    """Reads every value of a component's file once.
+
+    Raises:
+      InputError: lists the tensors with values that are not finite, or not zero where they have to be.
+    """
+    mapping.check_values(weights, _MODELS[component].unused)
+
+
+def map_parameters(weights: Weights, component: Component, config: ModelConfig) -> Parameters:
     """A component's parameters as views of its file.
 
     Raises:
       InputError: names, shapes or values do not fit the configuration.
     """
     weights = normalize(weights, component)
-    ignored, zero = _UNUSED[component]
-    expected = official_names(weights, config, component)
-    return checkpoint.unflatten(mapping.take(weights, expected, ignored=ignored, zero=zero))
+    model = _MODELS[component]
+    expected = official_names(weights, component, config)
+    return checkpoint.unflatten(mapping.take(weights, model.kind, expected, model.unused))
 
 
 def _read_text_encoder(folder: Path) -> tuple[Weights, str, list[Path]]:

@@ -8,23 +8,22 @@ import numpy as np
 import torch
 
 from convert import names
-from convert.names import Names
+from convert.names import Names, Unused
 from convert.readers import Weights
 from toprovar_jax.errors import InputError
 
+REMEDY = "download it again, or pass the file of a supported model"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def take(
-    weights: Weights, expected: Names, *, ignored: tuple[str, ...] = (), zero: tuple[str, ...] = ()
-) -> dict[str, np.ndarray]:
+def take(weights: Weights, kind: str, expected: Names, unused: Unused) -> dict[str, np.ndarray]:
     """Matches a file's tensors one to one with those that a model needs.
 
     Args:
       weights: the file.
+      kind: what the model is, for the error's text.
       expected: the tensors needed, by official name.
-      ignored: patterns of names that may be there and are not used.
-      zero: patterns of names that may be there and must hold zeros.
+      unused: the tensors that may be there and are not needed.
 
     Returns:
       By our path, arrays in our layout that are views of the file's memory map, whatever floating type it has.
@@ -32,8 +31,7 @@ def take(
     Raises:
       InputError: lists all missing, unexpected and mis-shaped tensors, or all with values that cannot be used.
     """
-    given = {name: x.detach() for name, x in weights.tensors.items() if not names.is_ignored(name, ignored)}
-    zeros = {name: given.pop(name) for name in list(given) if names.is_ignored(name, zero)}
+    given = _used(weights, unused)
     misfits = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
@@ -44,13 +42,31 @@ def take(
         ],
         "of wrong type": [f"{name} {x.dtype}" for name, x in given.items() if x.dtype not in _FLOATS],
     }
-    _refuse(weights, misfits, "download it again, or pass the file of a supported model")
-    values = {
-        "not finite": [name for name, x in given.items() if not bool(torch.isfinite(x).all())],
-        "not zero": [name for name, x in zeros.items() if bool(x.any())],
-    }
-    _refuse(weights, values, "these weights cannot be used, download them again")
+    _refuse(f"{weights.path} does not fit as a {kind}", misfits, REMEDY)
+    check_values(weights, unused)
     return {entry.path: _to_numpy(entry.layout.to_ours(given[name])) for name, entry in expected.items()}
+
+
+def check_values(weights: Weights, unused: Unused) -> None:
+    """Reads every value once.
+
+    Raises:
+      InputError: lists all tensors with values that no model can have.
+    """
+    values = {
+        "not finite": [
+            name for name, x in _used(weights, unused).items() if x.dtype in _FLOATS and not x.isfinite().all()
+        ],
+        "not zero": [
+            name for name, x in weights.tensors.items() if names.is_ignored(name, unused.zero) and bool(x.any())
+        ],
+    }
+    _refuse(f"{weights.path} has impossible values", values, "these weights cannot be used, download them again")
+
+
+def _used(weights: Weights, unused: Unused) -> dict[str, torch.Tensor]:
+    patterns = unused.ignored + unused.zero
+    return {name: x.detach() for name, x in weights.tensors.items() if not names.is_ignored(name, patterns)}
 
 
 def with_alias(weights: Weights, alias: str, name: str) -> Weights:
@@ -66,9 +82,9 @@ def with_alias(weights: Weights, alias: str, name: str) -> Weights:
     return dataclasses.replace(weights, tensors=tensors)
 
 
-def _refuse(weights: Weights, lists: Mapping[str, list[str]], remedy: str) -> None:
-    if found := [f"{len(names)} {what}: {', '.join(sorted(names))}" for what, names in lists.items() if names]:
-        raise InputError(f"{weights.path} does not fit ({'; '.join(found)}): {remedy}")
+def _refuse(what: str, lists: Mapping[str, list[str]], remedy: str) -> None:
+    if found := [f"{len(names)} {state}: {', '.join(sorted(names))}" for state, names in lists.items() if names]:
+        raise InputError(f"{what} ({'; '.join(found)}): {remedy}")
 
 
 def _text(shape: torch.Size | tuple[int, ...]) -> str:

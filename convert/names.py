@@ -55,6 +55,19 @@ class Rule:
     layout: Layout = SAME
 
 
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """Tensors that may be in a file although the model needs none of them, as patterns of names.
+
+    Attributes:
+      ignored: may hold anything.
+      zero: must hold zeros.
+    """
+
+    ignored: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
+
+
 def _linear(official: str, ours: str) -> tuple[Rule, Rule]:
     return Rule(f"{official}.weight", f"{ours}/kernel", TRANSPOSED), Rule(f"{official}.bias", f"{ours}/bias")
 
@@ -111,8 +124,10 @@ INFINITY_RULES: tuple[Rule, ...] = (
 )
 
 # Buffers that the model does not use. The first kind stands for a bias that is not there and has to be zero.
-INFINITY_ZERO = ("*.zero_k_bias",)
-INFINITY_IGNORED = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
+INFINITY_UNUSED = Unused(
+    zero=("*.zero_k_bias",),
+    ignored=("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"),
+)
 
 VAE_RULES: tuple[Rule, ...] = (
     *_conv("encoder.conv_in", "encoder/conv_in"),
@@ -131,7 +146,7 @@ VAE_RULES: tuple[Rule, ...] = (
     *_conv("decoder.conv_out", "decoder/conv_out"),
 )
 
-VAE_IGNORED = ("quantizer.lfq.mask", "quantize.lfq.mask")
+VAE_UNUSED = Unused(ignored=("quantizer.lfq.mask", "quantize.lfq.mask"))
 
 T5_RULES: tuple[Rule, ...] = (
     Rule("shared.weight", "token_embedding"),
@@ -159,7 +174,7 @@ T5_RULES: tuple[Rule, ...] = (
 
 # The decoder of T5 is not used; the encoder's embedding is the shared one under a second name.
 T5_ALIAS = ("encoder.embed_tokens.weight", "shared.weight")
-T5_IGNORED = ("decoder.*", "lm_head.weight")
+T5_UNUSED = Unused(ignored=("decoder.*", "lm_head.weight"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +67,15 @@ def weights(tensors, path):
 def map_infinity(found):
     """Parameters by path, with the configuration that the file tells."""
     transformer = architecture.infinity_config(found, CONFIG.vae, rope_mode=2, level_embedding_per_chunk=False)
-    config = dataclasses.replace(CONFIG, transformer=transformer)
-    return checkpoint.flatten(conversion.map_parameters(found, config, "transformer"))
+    return checkpoint.flatten(conversion.map_parameters(found, "transformer", transformer))
 
 
 def map_vae(found):
-    vae = architecture.vae_config(found)
-    config = CheckpointConfig(dataclasses.replace(CONFIG.transformer, code_dim=vae.code_dim), vae)
-    return checkpoint.flatten(conversion.map_parameters(found, config, "vae"))
+    return checkpoint.flatten(conversion.map_parameters(found, "vae", architecture.vae_config(found)))
+
+
+def map_text_encoder(found):
+    return checkpoint.flatten(conversion.map_parameters(found, "text_encoder", architecture.t5_config(found)))
 
 
 def assert_equal(actual, expected):
@@ -119,7 +121,7 @@ def test_the_transformer_table_is_a_bijection_onto_the_released_files(name, entr
     tensors = meta_tensors(infinity.Infinity, transformer)
     assert len(tensors) == entries
     found = weights(tensors, name)
-    table = conversion.official_names(found, CheckpointConfig(transformer, vae), "transformer")
+    table = conversion.official_names(found, "transformer", transformer)
     assert_bijection(table, tensors, shapes_of(CheckpointConfig(transformer, vae), "transformer"))
 
 
@@ -149,7 +151,7 @@ def test_the_vae_table_is_a_bijection_onto_both_spellings(code_dim, multipliers,
         found = weights(tensors, "vae.pth")
         architecture.check_kind(found, "VAE", "--vae")
         assert architecture.vae_config(found) == config.vae
-        assert_bijection(conversion.official_names(found, config, "vae"), tensors, shapes)
+        assert_bijection(conversion.official_names(found, "vae", config.vae), tensors, shapes)
     assert "decoder.up.1.block.0.nin_shortcut.conv.weight" in nested
     assert "decoder.up.1.block.0.nin_shortcut.weight" in flat_spelling(nested)
 
@@ -170,7 +172,7 @@ def test_the_t5_table_is_a_bijection_onto_the_transformers_module():
     found = weights(tensors, "no/such/folder")
     assert architecture.t5_config(found) == T5Config()
     config = CheckpointConfig(ARCHITECTURES["infinity_2b"], VAEConfig(code_dim=32), T5Config())
-    table = conversion.official_names(found, config, "text_encoder")
+    table = conversion.official_names(found, "text_encoder", config.text_encoder)
     assert_bijection(table, tensors, shapes_of(config, "text_encoder"))
 
 
@@ -180,7 +182,7 @@ def test_the_state_of_the_official_modules_is_accepted(tmp_path):
     found = weights({name: torch.from_numpy(x) for name, x in state.items()}, tmp_path)
     vae = dataclasses.replace(golden.VAE_CONFIG, code_dim=config.code_dim)
     assert architecture.infinity_config(found, vae, rope_mode=2, level_embedding_per_chunk=False) == config
-    mapped = conversion.map_parameters(found, CheckpointConfig(config, vae), "transformer")
+    mapped = conversion.map_parameters(found, "transformer", config)
     assert_equal(checkpoint.flatten(mapped), checkpoint.flatten(infinity_parameters(config, "float32", state)))
 
     vae_state = golden.vae_golden().state
@@ -200,7 +202,7 @@ def test_values_are_those_of_an_independent_mapping(tmp_path):
 
 def test_text_encoder_values(tmp_path):
     found = weights(TEXT_ENCODER, tmp_path)
-    mapped = checkpoint.flatten(conversion.map_parameters(found, CONFIG, "text_encoder"))
+    mapped = map_text_encoder(found)
     attention, mlp = "encoder.block.1.layer.0.SelfAttention", "encoder.block.1.layer.1.DenseReluDense"
     for path, name in [
         ("blocks/1/attention/query/kernel", f"{attention}.q.weight"),
@@ -366,12 +368,12 @@ def test_the_embedding_of_t5_may_have_either_name(tmp_path):
     for tensors in (TEXT_ENCODER | {alias: shared.clone()}, renamed):
         found = weights(tensors, tmp_path)
         assert architecture.t5_config(found).vocab_size == synthetic_checkpoint.VOCABULARY
-        mapped = checkpoint.flatten(conversion.map_parameters(found, CONFIG, "text_encoder"))
+        mapped = map_text_encoder(found)
         np.testing.assert_array_equal(mapped["token_embedding"], shared.numpy())
     with pytest.raises(
         InputError, match=r"different tensors under shared\.weight and encoder.embed_tokens.weight"
     ):
-        conversion.map_parameters(weights(TEXT_ENCODER | {alias: shared + 1}, tmp_path), CONFIG, "text_encoder")
+        map_text_encoder(weights(TEXT_ENCODER | {alias: shared + 1}, tmp_path))
 
 
 def test_settings_of_t5_come_from_its_folder(tmp_path):
@@ -399,12 +401,79 @@ def test_every_misfit_is_named(tmp_path):
     with pytest.raises(InputError) as caught:
         map_infinity(weights(tensors, tmp_path / "model.pth"))
     assert str(caught.value) == (
-        f"{tmp_path / 'model.pth'} does not fit (2 missing: block_chunks.1.module.0.ffn.fc2.weight, head.bias; "
+        f"{tmp_path / 'model.pth'} does not fit as a transformer ("
+        "2 missing: block_chunks.1.module.0.ffn.fc2.weight, head.bias; "
         "2 unexpected: block_chunks.0.module.0.ca_gamma, norm0_ve.weight; "
         "2 of wrong shape: block_chunks.0.module.1.sa.scale_mul_1H11 [1, 5, 1, 1] instead of [1, 4, 1, 1], "
         "pos_start [1, 1, 31] instead of [1, 1, 32]; "
         "1 of wrong type: lvl_embed.weight torch.int64): "
         "download it again, or pass the file of a supported model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [
+        ("transformer", r"cfg_uncond|text_norm.*|text_proj_for_(sos\.ca\.mat_kv|ca\.0)\.weight"),
+        ("transformer", r"lvl_embed\.weight"),
+        ("transformer", r".*\.scale_mul_1H11"),
+        ("transformer", r".*\.ffn\..*"),
+        ("transformer", r"(word_embed|head)\..*"),
+        ("transformer", r"block_chunks\..*"),
+        ("VAE", r".*\.(conv_in|conv_out)\..*"),
+        ("VAE", r"encoder\..*"),
+        ("VAE", r"(encoder\.down|decoder\.up)\.2\.block\..*"),
+        ("text encoder", r".*\.relative_attention_bias\.weight"),
+        ("text encoder", r"shared\.weight"),
+        ("text encoder", r".*\.SelfAttention\.[qkvo]\.weight"),
+        ("text encoder", r".*\.DenseReluDense\..*"),
+    ],
+)
+def test_all_missing_tensors_are_named_where_a_number_cannot_be_read(tmp_path, model, pattern):
+    """All tensors of one kind are gone, so that nothing tells how large they are."""
+    tensors, read = {
+        "transformer": (TRANSFORMER, map_infinity),
+        "VAE": (VAE, map_vae),
+        "text encoder": (TEXT_ENCODER, map_text_encoder),
+    }[model]
+    unused = (".zero_k_bias", ".mask", "decoder.final_layer_norm.weight", "lm_head.weight")
+    missing = sorted(name for name in tensors if re.fullmatch(pattern, name))
+    remaining = {name: x for name, x in tensors.items() if name not in missing}
+    needed = [name for name in missing if model == "VAE" or not name.endswith(unused)]
+    if pattern == r"block_chunks\..*":  # how many blocks there were is unknown: the first one is named
+        needed = sorted(
+            name.replace("block_chunks.0.module.0", "blocks.0")
+            for name in needed
+            if name.startswith("block_chunks.0.module.0.")
+        )
+    with pytest.raises(InputError) as caught:
+        read(weights(remaining, tmp_path / "model.pth"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'model.pth'} does not fit as a {model} ({len(needed)} missing: {', '.join(needed)}): "
+        "download it again, or pass the file of a supported model"
+    )
+
+
+def test_sizes_that_no_model_has(tmp_path):
+    def refuse(read, tensors, message):
+        with pytest.raises(InputError, match=message):
+            read(weights(tensors, tmp_path))
+
+    first = {"encoder.conv_in.conv.weight": torch.zeros(0, 3, 3, 3), "encoder.conv_in.conv.bias": torch.zeros(0)}
+    refuse(
+        map_vae, VAE | first, "tensors of size 0 where the channels of the first convolution should be: download"
+    )
+    first = {"encoder.conv_in.conv.weight": torch.zeros(24, 3, 3, 3), "encoder.conv_in.conv.bias": torch.zeros(24)}
+    refuse(map_vae, VAE | first, r"levels of \[32, 64, 64\] channels, no multiples of 24: download it again")
+    heads = {name: torch.zeros(1, 5, 1, 1) for name in TRANSFORMER if name.endswith("scale_mul_1H11")}
+    refuse(
+        map_infinity,
+        TRANSFORMER | heads,
+        r"tensors of no possible transformer \(embed_dim 32 must be divisible by num_heads 5\): download it again",
+    )
+    position_bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    refuse(
+        map_text_encoder, TEXT_ENCODER | {position_bias: torch.zeros(16, 0)}, "size 0 where the number of heads"
     )
 
 
@@ -556,6 +625,6 @@ def test_text_encoder_folders_that_cannot_be_used(tmp_path):
 
 
 def test_ignore_lists_are_patterns():
-    assert names.is_ignored("decoder.block.0.layer.0.SelfAttention.q.weight", names.T5_IGNORED)
-    assert not names.is_ignored("encoder.block.0.layer.0.SelfAttention.q.weight", names.T5_IGNORED)
-    assert names.is_ignored("block_chunks.0.module.0.sa.zero_k_bias", names.INFINITY_ZERO)
+    assert names.is_ignored("decoder.block.0.layer.0.SelfAttention.q.weight", names.T5_UNUSED.ignored)
+    assert not names.is_ignored("encoder.block.0.layer.0.SelfAttention.q.weight", names.T5_UNUSED.ignored)
+    assert names.is_ignored("block_chunks.0.module.0.sa.zero_k_bias", names.INFINITY_UNUSED.zero)
