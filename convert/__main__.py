@@ -4,6 +4,7 @@ python -m convert --transformer FILE_OR_FOLDER --vae FILE [--text_encoder FOLDER
 python -m convert check --checkpoint FOLDER --transformer FILE_OR_FOLDER --vae FILE
 """
 
+import functools
 import sys
 
 import jax
@@ -20,7 +21,6 @@ def _define_shared_flags() -> None:
         "transformer", None, "The transformer: a .pth or .safetensors file, or a folder of shards."
     )
     flags.DEFINE_string("vae", None, "The tokenizer (VAE) that the transformer was trained with.")
-    flags.mark_flags_as_required(["transformer", "vae"])
 
 
 def _define_conversion_flags() -> None:
@@ -33,12 +33,15 @@ def _define_conversion_flags() -> None:
     flags.DEFINE_enum("pixels", "1M", list(PIXEL_BUDGETS), "Default pixel budget.")
     flags.DEFINE_float("guidance_scale", None, "Default guidance; omit for the release's (4, with patchify 3).")
     flags.DEFINE_float("temperature", None, "Default temperature; omit for the release's (0.5, with patchify 1).")
-    flags.mark_flag_as_required("out")
 
 
 def _define_check_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "The converted checkpoint folder.")
-    flags.mark_flag_as_required("checkpoint")
+
+
+def _need_flags(example: str, *names: str) -> None:
+    if missing := [f"--{name}" for name in names if not flags.FLAGS[name].value]:
+        raise InputError(f"missing {', '.join(missing)}: for example python -m convert {example}")
 
 
 def _need_torch() -> None:
@@ -49,6 +52,8 @@ def _need_torch() -> None:
 
 
 def _convert() -> None:
+    example = "--transformer infinity_2b_reg.pth --vae infinity_vae_d32reg.pth --out infinity-2b"
+    _need_flags(example, "transformer", "vae", "out")
     _need_torch()
     from convert.conversion import convert
 
@@ -75,6 +80,8 @@ def _convert() -> None:
 
 
 def _check() -> None:
+    example = "check --checkpoint infinity-2b --transformer infinity_2b_reg.pth --vae infinity_vae_d32reg.pth"
+    _need_flags(example, "checkpoint", "transformer", "vae")
     _need_torch()
     from convert.check import check
 
@@ -85,13 +92,21 @@ def _check() -> None:
         sys.exit(1)
 
 
+def _refuse_command(name: str) -> None:
+    raise InputError(f"unknown command {name!r}: did you mean check? To convert, give every input by its flag")
+
+
 def main() -> None:
     """Runs the conversion, or the check where it is the first argument."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here
+    program, *arguments = sys.argv
+    command = arguments[0] if arguments and not arguments[0].startswith("-") else None
     _define_shared_flags()
-    if sys.argv[1:2] == ["check"]:
+    if command == "check":
         _define_check_flags()
-        command_line.run(_check, [sys.argv[0], *sys.argv[2:]])
+        command_line.run(_check, [program, *arguments[1:]])
+    elif command is not None:
+        command_line.run(functools.partial(_refuse_command, command), [program])
     else:
         _define_conversion_flags()
         command_line.run(_convert)
