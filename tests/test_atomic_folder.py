@@ -1,9 +1,6 @@
 """Folders that appear complete or not at all."""
 
-import contextlib
 import os
-import threading
-import time
 
 import pytest
 
@@ -44,25 +41,26 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_files_that_an_interrupted_writer_still_adds_go_too(tmp_path):
-    def write_on(folder):
-        for number in range(300):
-            with contextlib.suppress(OSError):
-                (folder / "deep").mkdir(parents=True, exist_ok=True)
-                (folder / "deep" / str(number)).write_text("")
-            time.sleep(0.001)
+def test_files_that_an_interrupted_writer_still_adds_go_too(tmp_path, monkeypatch):
+    """Its threads add files between one attempt to remove the folder and the next."""
+    late = ["first", "second", "third"]
 
-    writers = []
+    def write_late(_):
+        if late:
+            deep = tmp_path / ".out.partial" / "deep"
+            deep.mkdir(parents=True)
+            (deep / late.pop()).write_text("")
+
+    monkeypatch.setattr(atomic_folder.time, "sleep", write_late)
 
     def fail():
         with write_folder(tmp_path / "out", marker=MARKER, overwrite=False) as folder:
-            writers.append(threading.Thread(target=write_on, args=(folder,)))
-            writers[0].start()
+            (folder / "early").write_text("")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    writers[0].join()
+    assert late == []
     assert os.listdir(tmp_path) == []
 
 

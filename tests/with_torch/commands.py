@@ -1,14 +1,17 @@
 """Runs commands of the project as a user would, without paying for the imports each time.
 
 A helper process imports the converter once and forks for each command: the fork runs the module as `python -m`
-does, with its own arguments, output and exit code, and can be killed without harm.
+does, with its own arguments, output and exit code, and can be killed without harm. No wait is without an end: a
+command that takes too long says where it stands and fails.
 """
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +20,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+
+# A command takes a few seconds; the helper process adds the time of its imports to the first one.
+COMMAND_SECONDS = 120
+HELPER_SECONDS = 180
 
 
 @dataclasses.dataclass
@@ -42,6 +49,8 @@ class Commands:
         request = {"argv": [str(part) for part in argv], "after": signal_after, "signal": int(signal_number)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], HELPER_SECONDS)
+        assert ready, f"no answer of the helper process for {HELPER_SECONDS} seconds"
         answer = self._process.stdout.readline()
         assert answer, "the helper process has ended"
         return Outcome(**json.loads(answer))
@@ -57,9 +66,10 @@ def start() -> Iterator[Commands]:
     ) as process:
         try:
             yield Commands(process)
-        finally:
             process.stdin.close()
             process.wait(timeout=60)
+        finally:
+            process.kill()  # where an error left it running; without effect otherwise
 
 
 def _run_forked(argv: list[str], after: float | None, signal_number: int, folder: Path) -> Outcome:
@@ -71,6 +81,8 @@ def _run_forked(argv: list[str], after: float | None, signal_number: int, folder
         try:
             for descriptor, path in zip((1, 2), paths, strict=True):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            # This watch is no Python thread: no lock can keep it from ending the process.
+            faulthandler.dump_traceback_later(COMMAND_SECONDS, exit=True)
             sys.argv = argv
             runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
             code = 0

@@ -21,6 +21,7 @@ def run(*command, cwd=ROOT, **environment):
         text=True,
         cwd=cwd,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        timeout=240,
         check=False,
     )
     assert result.returncode == 0, result.stderr
