@@ -30,7 +30,7 @@ _PIECES = ["<pad>", "</s>", "<unk>", "▁", *_PUNCTUATION, *(f"▁{word}" for wo
 
 VOCABULARY = 128 * math.ceil(len(_PIECES) / 128)  # more rows than pieces, as published files have
 _TEXT_ENCODER = T5Config(
-    vocab_size=128 * math.ceil(len(_PIECES) / 128),
+    vocab_size=VOCABULARY,
     embed_dim=256,
     num_layers=2,
     num_heads=4,
