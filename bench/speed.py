@@ -78,19 +78,19 @@ def stage_table(result: dict[str, Any]) -> str:
     kinds = list(dict.fromkeys(kind for stage in profile.values() for kind in stage["kinds"]))
     lines = [
         f"{result['model']}, {result['policy']}, {result['pixels']}, batch {result['batch']}",
-        f"{'stage':<14}{'ms':>9}{'least':>9}{'most':>9}{'host':>8}"
+        f"{'stage':<14}{'ms':>9}{'least':>9}{'most':>9}{'floor':>9}{'times':>7}{'host':>8}"
         + (f"{'kernels':>9}{'in ms':>9}" + "".join(f"{kind:>20}" for kind in kinds) if profile else ""),
     ]
     for stage in result["stages"]:
         times, host = stage["ms"], stage["host_ms"]["median"]
-        line = f"{stage['stage']:<14}{times['median']:>9.3f}{times['min']:>9.3f}{times['max']:>9.3f}{host:>8.3f}"
+        line = f"{stage['stage']:<14}{_times(times, stage['floor_ms'])}{host:>8.3f}"
         if found := profile.get(stage["stage"]):
             line += f"{found['kernels']:>9}{found['kernel_ms']:>9.3f}"
             line += "".join(f"{found['kinds'].get(kind, [0.0])[0]:>20.3f}" for kind in kinds)
         lines.append(line)
-    for name in ("loop_ms", "total_ms"):
-        times = result[name]
-        lines.append(f"{name[:-3]:<14}{times['median']:>9.3f}{times['min']:>9.3f}{times['max']:>9.3f}")
+    loop_floor = sum(stage["floor_ms"] for stage in result["stages"] if stage["stage"].startswith("scale"))
+    lines.append(f"{'loop':<14}{_times(result['loop_ms'], loop_floor)}")
+    lines.append(f"{'total':<14}{_times(result['total_ms'], result['floor_ms'])}")
     starts = {"this start": result["start_s"], **{"cold start": result.get("cold_start", {}).get("start_s")}}
     for name, seconds in starts.items():
         if seconds is not None:
@@ -99,13 +99,22 @@ def stage_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _times(times: dict[str, float], floor: float) -> str:
+    ratio = f"{times['median'] / floor:>7.2f}" if floor else " " * 7
+    return f"{times['median']:>9.3f}{times['min']:>9.3f}{times['max']:>9.3f}{floor:>9.3f}{ratio}"
+
+
 def comparison_table(results: list[dict[str, Any]]) -> str:
     """A line for every policy."""
-    lines = [f"{'policy':<16}{'total ms':>10}{'loop ms':>10}{'decoder ms':>12}{'images/s':>10}{'peak GB':>9}"]
+    lines = [
+        f"{'policy':<16}{'total ms':>10}{'floor':>8}{'times':>7}{'loop ms':>10}{'decoder ms':>12}{'images/s':>10}"
+        f"{'peak GB':>9}"
+    ]
     for result in results:
         decoder = sum(stage["ms"]["median"] for stage in result["stages"] if stage["stage"] == "decoder")
         lines.append(
-            f"{Path(result['policy']).stem:<16}{result['total_ms']['median']:>10.1f}"
+            f"{Path(result['policy']).stem:<16}{result['total_ms']['median']:>10.1f}{result['floor_ms']:>8.1f}"
+            f"{result['total_ms']['median'] / result['floor_ms']:>7.2f}"
             f"{result['loop_ms']['median']:>10.1f}{decoder:>12.1f}{result['images_per_second']:>10.2f}"
             f"{_gigabytes(result):>9}"
         )

@@ -17,11 +17,14 @@ import jax
 import numpy as np
 
 from bench import kernel_profile, report
+from bench.floors import stage_floors
 from bench.full_size import load_pipeline
 from bench.stage_clock import time_stages
 from toprovar_jax.errors import InputError
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.plan import Plan
+from toprovar_jax.schedule import scale_schedule
 
 # 19 words: 20 tokens with the end of the sequence.
 PROMPT = "a small red fox and a large blue owl read an old map under a tall oak at dawn"
@@ -94,8 +97,8 @@ def measure(pipe: InfinityPipeline, case: Case) -> dict[str, Any]:
     """Times a pipeline whose programs are compiled.
 
     Returns:
-      "total_ms"; "stages" in order, each with "ms" and "host_ms"; "images_per_second"; "peak_device_bytes".
-      Calls that are timed by stage are others than those timed as a whole.
+      "total_ms"; "loop_ms"; "stages" in order, each with "ms", "host_ms" and "floor_ms"; "floor_ms" of the whole;
+      "images_per_second"; "peak_device_bytes". Calls timed by stage are others than those timed as a whole.
     """
     for _ in range(case.warmups):
         generate(pipe, case)
@@ -105,9 +108,13 @@ def measure(pipe: InfinityPipeline, case: Case) -> dict[str, Any]:
         generate(pipe, case)
         totals.append(1e3 * (time.perf_counter() - begun))
     runs = [time_stages(pipe.programs, lambda: generate(pipe, case)) for _ in range(case.runs)]
+    plan = Plan.dense(scale_schedule(pixels=case.pixels), pipe.config.transformer.depth)
+    text_tokens = len(PROMPT.split()) + 1
+    floors = stage_floors(pipe.config, pipe.params, plan, batch=case.batch, text_tokens=text_tokens)
     stages = [
         {
             "stage": timed[0].name,
+            "floor_ms": floors.get(timed[0].name, 0.0),
             "ms": spread([stage.milliseconds for stage in timed]),
             "host_ms": spread([stage.host_ms for stage in timed]),
         }
@@ -118,6 +125,7 @@ def measure(pipe: InfinityPipeline, case: Case) -> dict[str, Any]:
         "total_ms": spread(totals),
         "images_per_second": 1e3 * case.batch / statistics.median(totals),
         "loop_ms": spread(loop),
+        "floor_ms": sum(floors.values()),
         "stages": stages,
         "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }

@@ -75,7 +75,7 @@ def time_stages(programs: Programs, call: Callable[[], object]) -> list[Stage]:
         ended = time.perf_counter()
     if not events:
         raise RuntimeError("no program was run: the pipeline runs programs that are not its own")
-    ends = [event.ended for event in events[:-1]] + [ended]
+    ends = [min(event.ended, ended) for event in events[:-1]] + [ended]  # the second thread may be late
     begins = [started, *ends[:-1]]
     return [
         Stage(event.name, 1e3 * (end - begin), 1e3 * event.host_seconds)
