@@ -6,6 +6,7 @@ computes on the device is a pure function of its own; what it decides, it decide
 
 import abc
 import dataclasses
+
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
