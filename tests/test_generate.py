@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from tests import tiny
@@ -23,10 +25,31 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def _own_compilation_cache(tmp_path_factory, monkeypatch):
+    """The command in this process keeps its programs in a folder of the test's; later tests keep none."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    folder = tmp_path_factory.mktemp("own_cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    yield
+    assert jax.config.jax_compilation_cache_dir in (
+        before["jax_compilation_cache_dir"],
+        f"{folder}/toprovar_jax/xla",
+    )
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 def run_command(*arguments, cache):
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "toprovar_jax.generate", *(str(part) for part in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
 def test_two_runs_write_identical_pixels_and_the_second_is_warm(folder, tmp_path):
@@ -116,7 +139,7 @@ def test_mistakes_end_in_one_line(run_here, arguments, message, tmp_path):
         (["--pixels", "9M"], "unknown pixel budget '9M': choose one of 0.06M, 0.25M, 0.60M, 1M"),
         (["--aspect_ratio", "20"], "no aspect ratio near 20 (height / width): choose one from 0.333 to 3.0"),
         (["--height", "64"], "height and width belong together: pass both, or aspect_ratio instead"),
-        (["--num_images", "0"], "num_images_per_prompt must be at least 1, got 0"),
+        (["--num_images", "0"], "num_images_per_prompt must be a whole number of at least 1, got 0"),
         (["--prompt", "caf\udce9"], "the prompt is no valid text ('caf\\udce9'): pass it in UTF-8"),
     ],
 )

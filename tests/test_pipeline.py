@@ -1,5 +1,7 @@
 """The pipeline: batches, seeds, settings, outputs, and every way a call can be wrong."""
 
+import inspect
+
 import jax
 import numpy as np
 import pytest
@@ -166,6 +168,37 @@ def test_reconstruction_has_the_size_of_the_nearest_template():
     assert tiny.pipeline().reconstruct(image.convert("L")).mode == "RGB"
 
 
+def test_reconstruction_takes_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected = np.asarray(tiny.pipeline().reconstruct(Image.fromarray(pixels)))
+    assert expected.std() > 1
+    for array in (pixels, jax.numpy.asarray(pixels)):
+        np.testing.assert_array_equal(
+            inspect.unwrap(InfinityPipeline.reconstruct)(tiny.pipeline(), array), expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("image", "got"),
+    [
+        (np.zeros((32, 32, 3), np.float32), r"float32 \[32, 32, 3\]"),
+        (np.zeros((32, 32), np.uint8), r"uint8 \[32, 32\]"),
+        (np.zeros((1, 32, 32, 3), np.uint8), r"uint8 \[1, 32, 32, 3\]"),
+        (np.zeros((32, 32, 4), np.uint8), r"uint8 \[32, 32, 4\]"),
+        (Image.new("RGB", (0, 5)), r"uint8 \[5, 0, 3\]"),
+        ("cat.png", "'cat.png'"),
+        (None, "None"),
+        ([[1], [1, 2]], r"\[\[1\], \[1, 2\]\]"),
+    ],
+)
+def test_reconstruction_of_anything_else_is_refused(image, got):
+    reconstruct = inspect.unwrap(InfinityPipeline.reconstruct)
+    with pytest.raises(
+        InputError, match=rf"the image must be a PIL image or a uint8 array \[height, width, 3\], got {got}$"
+    ):
+        reconstruct(tiny.pipeline(), image)
+
+
 def test_bfloat16_stays_close_to_float32():
     """The stated tolerance: logits differ by at most 3 % (root mean square) at every scale, bits forced."""
     reference = generate("a cat", trace=True)
@@ -212,7 +245,6 @@ def test_draws_may_come_as_rows():
         ({}, "nothing to draw: pass a prompt, or text_features in its place"),
         ({"prompt": "  "}, "the prompt is empty: describe the image in at least one word"),
         ({"prompt": []}, "prompt is an empty list: pass at least one text"),
-        ({"prompt": "a", "text_features": [tiny.features(3)]}, "pass prompt or features in its place, not both"),
         ({"text_features": []}, r"text features are empty: pass one \[tokens, channels\] array per image"),
         (
             {"text_features": [np.zeros((3, 5))]},
@@ -222,9 +254,15 @@ def test_draws_may_come_as_rows():
         ({"text_features": [tiny.features(2) * np.nan]}, "text features 0 holds values that are not finite"),
         ({"prompt": "a", "policy": "sparse"}, "unknown policy 'sparse': choose one of dense"),
         ({"prompt": "a", "output_type": "jpg"}, "unknown output_type 'jpg': choose one of pil, np, latent"),
-        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        (
+            {"prompt": "a", "num_images_per_prompt": 0},
+            "num_images_per_prompt must be a whole number of at least 1, got 0",
+        ),
         ({"prompt": "a", "height": 32}, "height and width belong together"),
-        ({"prompt": "a", "height": 32, "width": 0}, "height and width must be positive, got 32 and 0"),
+        (
+            {"prompt": "a", "height": 32, "width": 0},
+            "height and width must be positive whole numbers, got 32 and 0",
+        ),
         (
             {"prompt": "a", "height": 32, "width": 32, "aspect_ratio": 1.0},
             "aspect_ratio contradicts height and width",
@@ -253,7 +291,8 @@ def test_draws_may_come_as_rows():
         ),
         ({"prompt": "a", "guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
         ({"prompt": "a", "top_p": 1.5}, r"top_p must lie between 0 \(off\) and 1, got 1.5"),
-        ({"prompt": "a", "top_k": -1}, r"top_k must be 0 \(off\) or positive, got -1"),
+        ({"prompt": "a", "top_k": -1}, r"top_k must be 0 \(off\) or a positive whole number, got -1"),
+        ({"prompt": "a", "top_k": 1.5}, r"top_k must be 0 \(off\) or a positive whole number, got 1.5"),
         ({"prompt": "a", "guidance_layer": -2}, r"guidance_layer must be 0 \(on the logits\) or from -1 to -1"),
         ({"prompt": "a", "seed": [1, 2]}, "got 2 seeds for 1 images: pass one number or one seed per image"),
         ({"prompt": "a", "seed": 1.5}, "seeds must be whole numbers, got 1.5"),
@@ -289,6 +328,51 @@ def test_draws_may_come_as_rows():
 def test_bad_calls_name_the_remedy(arguments, message):
     with pytest.raises(InputError, match=message):
         generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 3}, "prompt must be a text or a list of texts, got 3"),
+        ({"prompt": [None]}, r"prompt must be a text or a list of texts, got \[None\]"),
+        ({"prompt": b"a cat"}, "prompt must be a text or a list of texts, got b'a cat'"),
+        (
+            {"prompt": "a", "negative_prompt": ["b", 1]},
+            r"negative_prompt must be a text or a list .* got \['b', 1\]",
+        ),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a whole number of at least 1, got 1.5"),
+        ({"num_images_per_prompt": "2"}, "num_images_per_prompt must be a whole number of at least 1, got '2'"),
+        (
+            {"scale_schedule": None, "aspect_ratio": "1:1"},
+            "aspect_ratio must be height / width as a number, 1.0 for a square, got '1:1'",
+        ),
+        ({"height": 32.5, "width": 32}, "height and width must be positive whole numbers, got 32.5 and 32"),
+        ({"height": "32", "width": 32}, "height and width must be positive whole numbers, got '32' and 32"),
+        ({"guidance_layer": -1.0}, r"guidance_layer must be 0 \(on the logits\) or .* got -1.0"),
+        ({"scale_schedule": 3}, r"scale_schedule must be a list of grids \(height, width\), got 3"),
+        ({"rope_grid": "ab"}, r"a grid is a pair of positive whole sides \(height, width\), got 'ab'"),
+        ({"text_features": 3}, "text features must be a list of arrays, got 3"),
+        ({"text_features": ["a cat"]}, "text features 0 must be an array of numbers, got str"),
+        ({"forced_bits": 3}, "forced_bits must be a list of arrays, one per scale, got 3"),
+        ({"forced_bits": [[[1], [0, 1]]]}, r"forced_bits\[0\] must be an array of numbers, got list"),
+        ({"sampling_draws": ["x"]}, r"sampling_draws\[0\] must be an array of numbers, got str"),
+    ],
+)
+def test_arguments_of_other_types_name_what_is_wanted(arguments, message):
+    call = inspect.unwrap(InfinityPipeline.__call__)  # as users call it, without the tests' type checks
+    with pytest.raises(InputError, match=message):
+        call(tiny.pipeline(), **{"prompt": "a", "scale_schedule": tiny.SCHEDULE, "output_type": "np"} | arguments)
+
+
+def test_features_replace_prompts():
+    """A prompt beside them is a label: it is not read, whatever it says."""
+    features, negative = [tiny.features(3)], [tiny.features(5, seed=1)]
+    alone = generate(text_features=features, negative_text_features=negative, trace=True)
+    both = generate("a cat", "blue", text_features=features, negative_text_features=negative, trace=True)
+    for a, b in zip(alone.trace.scales, both.trace.scales, strict=True):
+        np.testing.assert_array_equal(a.logits_raw, b.logits_raw)
+    prompts = generate("a cat", "blue", trace=True).trace.scales[0].logits_raw
+    assert np.abs(both.trace.scales[0].logits_raw - prompts).max(axis=(1, 2)).min() > 1e-3
 
 
 def test_a_checkpoint_without_text_encoder_says_what_to_do():

@@ -17,7 +17,7 @@ from toprovar_jax.checkpoint import dtype_name, load_parameters, load_tokenizer
 from toprovar_jax.config import CheckpointConfig, VAEConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.generation import Batch, Generator, decode_pixels
-from toprovar_jax.images import fit_image, to_images
+from toprovar_jax.images import fit_image, to_image, to_images
 from toprovar_jax.manifest import load_manifest
 from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize
 from toprovar_jax.models.skeleton import Parameters, bind
@@ -135,7 +135,8 @@ class InfinityPipeline:
           output_type: "pil" images, "np" uint8 RGB, or "latent" code maps.
           trace: also return every scale's logits, bits and code map.
           callback_on_scale_end: called with (scale index, number of scales).
-          text_features: one [tokens, channels] array per text, in place of prompts.
+          text_features: one [tokens, channels] array per text, in place of prompts: a prompt given as well is not
+            read.
           negative_text_features: the same in place of negative prompts.
           forced_bits: per scale, bits [batch, height, width, code_dim] (a frame axis of 1 may follow batch) to go
             on with instead of the chosen ones; None entries, or fewer entries than scales, leave scales free.
@@ -149,7 +150,7 @@ class InfinityPipeline:
         """
         request.check_choice("policy", policy, request.POLICIES)
         request.check_choice("output_type", output_type, request.OUTPUT_TYPES)
-        request.check_positive("num_images_per_prompt", num_images_per_prompt)
+        images_per_prompt = request.resolve_count("num_images_per_prompt", num_images_per_prompt)
         transformer = self.config.transformer
         geometry = request.resolve_geometry(
             self.config,
@@ -189,8 +190,8 @@ class InfinityPipeline:
                     )
                 negative = broadcast_negative(negative, len(text.lengths))
                 text, negative = pad_to_common_length(text, negative)
-                negative = negative.repeated(num_images_per_prompt)
-            text = text.repeated(num_images_per_prompt)
+                negative = negative.repeated(images_per_prompt)
+            text = text.repeated(images_per_prompt)
             num_images = len(text.lengths)
             text_seconds = time.perf_counter() - started - text_compile - negative_compile
             batch = Batch(
@@ -215,20 +216,24 @@ class InfinityPipeline:
         images = to_images(np.asarray(output.images)) if output_type == "pil" else output.images
         return dataclasses.replace(output, images=images, timings=timings)
 
-    def reconstruct(self, image: Image.Image, pixels: str | None = None) -> Image.Image:
+    def reconstruct(
+        self, image: Image.Image | UInt8[np.ndarray, "height width 3"], pixels: str | None = None
+    ) -> Image.Image:
         """Encodes an image to bits and decodes them again: what the tokenizer keeps of it.
 
         Args:
-          image: resized and centre-cropped to the nearest aspect ratio that the model knows.
+          image: a PIL image or RGB pixels, resized and centre-cropped to the nearest aspect ratio that the model
+            knows.
           pixels: pixel budget; the checkpoint's own where None.
 
         Raises:
-          InputError: the budget is unknown or the device is out of memory.
+          InputError: the image is something else, the budget is unknown or the device is out of memory.
         """
+        picture = to_image(image)
         budget = self.config.defaults.pixels if pixels is None else pixels
-        schedule = tabulated_schedule(image.height / image.width, budget)
+        schedule = tabulated_schedule(picture.height / picture.width, budget)
         height, width = request.image_size(self.config, schedule)
-        fitted = fit_image(image, height, width)[None]
+        fitted = fit_image(picture, height, width)[None]
         codes = tokenizer_schedule(schedule, self.config.transformer.patchify)
         key = ("reconstruct", codes)
         static = {"config": self.config.vae, "dtype": self.dtype, "schedule": codes}
@@ -236,23 +241,17 @@ class InfinityPipeline:
             self.programs.compile({key: lambda: Recipe(reconstruct_pixels, (self.params["vae"], fitted), static)})
             return to_images(np.asarray(self.programs.run(key, self.params["vae"], fitted)))[0]
 
-    def _encode(
-        self, name: str, prompt: str | Sequence[str] | None, features: Sequence[Any] | None
-    ) -> tuple[TextBatch | None, float]:
-        """Features of prompts or of given features, and the seconds that compiling for them took."""
-        if prompt is None:
-            if features is None:
-                return None, 0.0
-            return pad_features(features, self.config.transformer), 0.0
+    def _encode(self, name: str, prompt: Any, features: Any) -> tuple[TextBatch | None, float]:
+        """Given features, or else those of prompts, and the seconds that compiling for them took."""
         if features is not None:
-            raise InputError(f"pass {name} or features in its place, not both")
+            return pad_features(features, self.config.transformer), 0.0
+        if prompt is None:
+            return None, 0.0
+        prompts = request.resolve_texts(name, prompt)
         if self.config.text_encoder is None or self.tokenizer is None:
             raise InputError(
                 "this checkpoint has no text encoder: convert again with --text_encoder, or pass text_features"
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise InputError(f"{name} is an empty list: pass at least one text")
         batch = self.tokenizer.encode(prompts, self.config.transformer.text_max_length)
         tokens, mask = batch
         key = ("text", tokens.shape)

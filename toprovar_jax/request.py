@@ -1,4 +1,7 @@
-"""What a call of the pipeline asks for, checked and filled with the checkpoint's defaults."""
+"""What a call of the pipeline asks for, checked and filled with the checkpoint's defaults.
+
+Arguments come here as the caller gave them, which may be anything, and leave as what the library relies on.
+"""
 
 import dataclasses
 import math
@@ -9,7 +12,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, UInt8, UInt32
+from jaxtyping import Float, Float32, UInt8, UInt32
 
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.errors import InputError
@@ -68,12 +71,12 @@ def image_size(config: CheckpointConfig, schedule: ScaleSchedule) -> tuple[int, 
 def resolve_geometry(
     config: CheckpointConfig,
     *,
-    height: int | None,
-    width: int | None,
-    aspect_ratio: float | None,
-    pixels: str | None,
-    schedule: Sequence[GridLike] | np.ndarray | None,
-    rope: GridLike | None,
+    height: Any,
+    width: Any,
+    aspect_ratio: Any,
+    pixels: Any,
+    schedule: Any,
+    rope: Any,
 ) -> Geometry:
     """Chooses the grids.
 
@@ -83,13 +86,15 @@ def resolve_geometry(
     Raises:
       InputError: the arguments contradict each other or name something that does not exist.
     """
+    if aspect_ratio is not None:
+        aspect_ratio = _ratio(aspect_ratio)
     if (height is None) != (width is None):
         raise InputError("height and width belong together: pass both, or aspect_ratio instead")
     if height is not None and width is not None:
         if aspect_ratio is not None:
             raise InputError("aspect_ratio contradicts height and width: pass one or the other")
-        if height <= 0 or width <= 0:
-            raise InputError(f"height and width must be positive, got {height} and {width}")
+        if min(_whole_number(height), _whole_number(width)) < 1:
+            raise InputError(f"height and width must be positive whole numbers, got {height!r} and {width!r}")
         aspect_ratio = height / width
     if schedule is not None:
         return _explicit_geometry(config, schedule, aspect_ratio, rope)
@@ -112,13 +117,11 @@ def resolve_geometry(
     return Geometry(chosen, rope_grid(ratio) if rope is None else _grid(rope))
 
 
-def _explicit_geometry(
-    config: CheckpointConfig,
-    schedule: Sequence[GridLike] | np.ndarray,
-    aspect_ratio: float | None,
-    rope: GridLike | None,
-) -> Geometry:
-    grids = tuple(_grid(pair) for pair in schedule)
+def _explicit_geometry(config: CheckpointConfig, schedule: Any, aspect_ratio: float | None, rope: Any) -> Geometry:
+    try:
+        grids = tuple(_grid(pair) for pair in schedule)
+    except TypeError:
+        raise InputError(f"scale_schedule must be a list of grids (height, width), got {schedule!r}") from None
     if not grids or grids[0] != (1, 1):
         raise InputError("scale_schedule must start with the grid (1, 1), which holds the text's token")
     if len(grids) > config.transformer.max_scales:
@@ -129,9 +132,26 @@ def _explicit_geometry(
     return Geometry(grids, rope_grid(ratio) if rope is None else _grid(rope))
 
 
-def _grid(pair: GridLike) -> Grid:
+def _ratio(value: Any) -> float:
     try:
-        height, width = (operator.index(side) for side in pair)
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"aspect_ratio must be height / width as a number, 1.0 for a square, got {value!r}"
+        ) from None
+
+
+def _whole_number(value: Any) -> int:
+    """The value, or 0 where it is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return 0
+
+
+def _grid(pair: Any) -> Grid:
+    try:
+        height, width = map(_whole_number, pair)
     except (TypeError, ValueError):
         height = width = 0
     if min(height, width) < 1:
@@ -150,10 +170,10 @@ def resolve_settings(
     config: CheckpointConfig,
     num_scales: int,
     *,
-    guidance_scale: Numbers | None,
-    temperature: Numbers | None,
-    top_k: Numbers | None,
-    top_p: Numbers | None,
+    guidance_scale: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
 ) -> ScaleSettings:
     """Repeats scalars for every scale and fills in the checkpoint's defaults.
 
@@ -176,22 +196,23 @@ def resolve_settings(
             raise InputError(f"{name} must be finite, got {value!r}")
         return tuple(float(v) for v in values)
 
+    counts = per_scale("top_k", top_k, defaults.top_k)
+    if min(counts) < 0 or any(count % 1 for count in counts):
+        raise InputError(f"top_k must be 0 (off) or a positive whole number, got {top_k!r}")
     settings = ScaleSettings(
         guidance_scale=per_scale("guidance_scale", guidance_scale, defaults.guidance_scale),
         temperature=per_scale("temperature", temperature, defaults.temperature),
-        top_k=tuple(int(v) for v in per_scale("top_k", top_k, defaults.top_k)),
+        top_k=tuple(map(int, counts)),
         top_p=per_scale("top_p", top_p, defaults.top_p),
     )
     if min(settings.temperature) <= 0:
         raise InputError(f"temperature must be above 0, got {temperature!r}: use top_k=1 for greedy sampling")
-    if min(settings.top_k) < 0:
-        raise InputError(f"top_k must be 0 (off) or positive, got {top_k!r}")
     if not all(0 <= value <= 1 for value in settings.top_p):
         raise InputError(f"top_p must lie between 0 (off) and 1, got {top_p!r}")
     return settings
 
 
-def resolve_seeds(seed: Numbers, num_images: int) -> UInt32[np.ndarray, "batch"]:
+def resolve_seeds(seed: Any, num_images: int) -> UInt32[np.ndarray, "batch"]:
     """One seed per image, uint32: `seed` + i, or those given.
 
     Raises:
@@ -210,7 +231,7 @@ def resolve_seeds(seed: Numbers, num_images: int) -> UInt32[np.ndarray, "batch"]
     return np.asarray(seeds, dtype=np.uint32)
 
 
-def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: SupportsIndex | None) -> int:
+def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: Any) -> int:
     """0 for guidance on the logits, else a negative index of a block counted from the end.
 
     Raises:
@@ -219,24 +240,67 @@ def resolve_guidance_layer(config: CheckpointConfig, guidance_layer: SupportsInd
     depth = config.transformer.depth
     if guidance_layer is None:
         return 0
-    layers = range(1 - depth, 1)
-    if guidance_layer not in layers:
+    try:
+        layer = operator.index(guidance_layer)
+    except TypeError:
+        layer = 1  # which is none
+    if layer not in range(1 - depth, 1):
         raise InputError(
             f"guidance_layer must be 0 (on the logits) or from {1 - depth} to -1 (after that block, counted from "
-            f"the end), got {guidance_layer}"
+            f"the end), got {guidance_layer!r}"
         )
-    return operator.index(guidance_layer)
+    return layer
 
 
-def _per_scale_arrays(name: str, values: Sequence[Any] | None, num_scales: int) -> list[Any]:
-    given = [] if values is None else list(values)
+def resolve_count(name: str, value: Any) -> int:
+    """A number of things.
+
+    Raises:
+      InputError: it is no whole number or below 1.
+    """
+    if (count := _whole_number(value)) < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return count
+
+
+def resolve_texts(name: str, value: Any) -> list[str]:
+    """One text, or several.
+
+    Raises:
+      InputError: there is none, or something else among them.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} must be a text or a list of texts, got {value!r}")
+    if not texts:
+        raise InputError(f"{name} is an empty list: pass at least one text")
+    return list(texts)
+
+
+def float_array(name: str, value: Any) -> Float32[np.ndarray, "..."]:
+    """An array on the host.
+
+    Raises:
+      InputError: the value is no array of numbers, as lists of unequal lengths are none.
+    """
+    try:
+        return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be an array of numbers, got {type(value).__name__}") from None
+
+
+def _per_scale_arrays(name: str, values: Any, num_scales: int) -> list[Any]:
+    try:
+        given = [] if values is None else list(values)
+    except TypeError:
+        raise InputError(f"{name} must be a list of arrays, one per scale, got {values!r}") from None
     if len(given) > num_scales:
         raise InputError(f"{name} has {len(given)} entries for {num_scales} scales: pass at most one per scale")
     return given + [None] * (num_scales - len(given))
 
 
 def resolve_forced_bits(
-    forced_bits: Sequence[Any] | None, code_grids: ScaleSchedule, num_images: int, code_dim: int
+    forced_bits: Any, code_grids: ScaleSchedule, num_images: int, code_dim: int
 ) -> tuple[UInt8[np.ndarray, "batch _height _width code_dim"] | None, ...]:
     """Bits to go on with, one entry per scale; None leaves a scale free.
 
@@ -249,7 +313,7 @@ def resolve_forced_bits(
         if entry is None:
             resolved.append(None)
             continue
-        bits = np.asarray(entry)
+        bits = float_array(f"forced_bits[{scale}]", entry)
         if bits.ndim == 5 and bits.shape[1] == 1:
             bits = bits[:, 0]
         shape = (num_images, *grid, code_dim)
@@ -262,7 +326,7 @@ def resolve_forced_bits(
 
 
 def resolve_draws(
-    draws: Sequence[Any] | None, schedule: ScaleSchedule, num_images: int, token_bits: int
+    draws: Any, schedule: ScaleSchedule, num_images: int, token_bits: int
 ) -> tuple[Float[np.ndarray, "batch _tokens bits 2"] | None, ...]:
     """Exp(1) draws, one entry per scale; None leaves a scale to its seed.
 
@@ -275,7 +339,7 @@ def resolve_draws(
         if entry is None:
             resolved.append(None)
             continue
-        values = np.asarray(entry, dtype=np.float32)
+        values = float_array(f"sampling_draws[{scale}]", entry)
         shape = (num_images, grid.size, token_bits, 2)
         if values.shape not in (shape, (num_images, math.prod(shape[1:3]), 2), (math.prod(shape[:3]), 2)):
             raise InputError(
@@ -291,9 +355,3 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises InputError where a value is not one of the choices."""
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raises InputError where a count is below 1."""
-    if value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}")

@@ -1,6 +1,5 @@
 """Text features of a batch, padded to a common bucket of lengths."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.errors import InputError
+from toprovar_jax.request import float_array
 from toprovar_jax.text import text_bucket
 
 
@@ -42,7 +42,7 @@ class TextBatch(NamedTuple):
         return TextBatch(jnp.repeat(self.features, times, axis=0), np.repeat(self.lengths, times))
 
 
-def pad_features(features: Sequence[Any], config: InfinityConfig) -> TextBatch:
+def pad_features(features: Any, config: InfinityConfig) -> TextBatch:
     """Batches given features.
 
     Args:
@@ -52,7 +52,10 @@ def pad_features(features: Sequence[Any], config: InfinityConfig) -> TextBatch:
     Raises:
       InputError: there is none, or one has the wrong shape or length.
     """
-    arrays = [np.asarray(array, dtype=np.float32) for array in features]
+    try:
+        arrays = [float_array(f"text features {i}", array) for i, array in enumerate(features)]
+    except TypeError:
+        raise InputError(f"text features must be a list of arrays, got {features!r}") from None
     if not arrays:
         raise InputError("text features are empty: pass one [tokens, channels] array per image")
     for i, array in enumerate(arrays):
