@@ -30,10 +30,14 @@ class Recipe(NamedTuple):
         """Shapes and dtypes of the result, without running anything."""
         return jax.eval_shape(functools.partial(self.function, **self.static), *self.arguments)
 
+    def lower(self) -> jax.stages.Lowered:
+        """The program as it is handed to XLA."""
+        function = functools.partial(self.function, **self.static)
+        return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments)
+
     def compile(self) -> Any:
         """Lowers and compiles."""
-        function = functools.partial(self.function, **self.static)
-        return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments).compile()
+        return self.lower().compile()
 
 
 class Programs:
