@@ -22,7 +22,7 @@ from bench import report
 from bench.speed_run import INPUT_ERROR_CODE, Case
 from toprovar_jax import command_line
 from toprovar_jax.errors import InputError
-from toprovar_jax.request import POLICIES
+from toprovar_jax.pruning.policies import POLICIES
 
 
 def result_name(case: Case) -> str:

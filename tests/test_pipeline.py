@@ -252,7 +252,7 @@ def test_draws_may_come_as_rows():
         ),
         ({"text_features": [tiny.features(33)]}, "text features 0 must have 1 to 32 tokens, got 33"),
         ({"text_features": [tiny.features(2) * np.nan]}, "text features 0 holds values that are not finite"),
-        ({"prompt": "a", "policy": "sparse"}, "unknown policy 'sparse': choose one of dense"),
+        ({"prompt": "a", "policy": "sparse"}, "unknown policy 'sparse': choose one of dense, fastvar"),
         ({"prompt": "a", "output_type": "jpg"}, "unknown output_type 'jpg': choose one of pil, np, latent"),
         (
             {"prompt": "a", "num_images_per_prompt": 0},

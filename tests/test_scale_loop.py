@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from toprovar_jax import scale_loop
+from toprovar_jax.batch_programs import decode_pixels
 from toprovar_jax.config import VAE_STRIDE_8, VAE_STRIDE_16, InfinityConfig, VAEConfig
-from toprovar_jax.generation import decode_pixels
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import abstract_parameters

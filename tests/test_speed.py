@@ -19,9 +19,9 @@ from bench.full_size import full_size_config, load_pipeline, word_tokenizer
 from bench.kernel_profile import Kernel
 from tests import tiny
 from toprovar_jax import checkpoint
+from toprovar_jax.batch_programs import decode_pixels
 from toprovar_jax.config import T5Config
 from toprovar_jax.errors import InputError
-from toprovar_jax.generation import decode_pixels
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import abstract_parameters
@@ -29,7 +29,7 @@ from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.output import PipelineOutput, Timings
 from toprovar_jax.programs import Programs, Recipe
 from toprovar_jax.pruning.plan import Plan
-from toprovar_jax.schedule import scale_schedule
+from toprovar_jax.schedule import Grid, scale_schedule
 
 
 def full_stages(scales):
@@ -129,10 +129,11 @@ def test_flat_images_and_constant_bits_are_refused():
     timings = Timings(0, 0, (), 0)
     noise = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3), np.uint8)
     bits = np.asarray([[[[0, 1]]]], np.uint8)
-    speed_run.require_sane(PipelineOutput(noise, (bits,), timings, None))
+    plan = Plan.dense((Grid(1, 1),), 1)
+    speed_run.require_sane(PipelineOutput(noise, (bits,), plan, timings, None))
     for images, scale_bits in [(np.zeros_like(noise), bits), (noise, np.zeros_like(bits))]:
         with pytest.raises(InputError, match="the images are flat"):
-            speed_run.require_sane(PipelineOutput(images, (scale_bits,), timings, None))
+            speed_run.require_sane(PipelineOutput(images, (scale_bits,), plan, timings, None))
 
 
 def test_models_of_full_size_have_what_a_release_has():

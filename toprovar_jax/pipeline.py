@@ -13,16 +13,21 @@ from jaxtyping import Array, DTypeLike, Float, UInt8
 from PIL import Image
 
 from toprovar_jax import request
+from toprovar_jax.batch import Batch
+from toprovar_jax.batch_programs import decode_pixels
 from toprovar_jax.checkpoint import dtype_name, load_parameters, load_tokenizer
 from toprovar_jax.config import CheckpointConfig, VAEConfig
 from toprovar_jax.errors import InputError
-from toprovar_jax.generation import Batch, Generator, decode_pixels
+from toprovar_jax.generation import Generator
 from toprovar_jax.images import fit_image, to_image, to_images
 from toprovar_jax.manifest import load_manifest
 from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize
 from toprovar_jax.models.skeleton import Parameters, bind
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.programs import Programs, Recipe
+from toprovar_jax.pruning.plan import Plan
+from toprovar_jax.pruning.policies import resolve_policy
+from toprovar_jax.pruning.policy import Policy
 from toprovar_jax.request import GridLike, Numbers
 from toprovar_jax.scale_loop import LoopConfig
 from toprovar_jax.schedule import ScaleSchedule, tokenizer_schedule
@@ -104,7 +109,7 @@ class InfinityPipeline:
         aspect_ratio: float | None = None,
         pixels: str | None = None,
         guidance_layer: SupportsIndex | None = None,
-        policy: str = "dense",
+        policy: str | Plan | Policy = "dense",
         output_type: str = "pil",
         trace: bool = False,
         callback_on_scale_end: Callable[[int, int], object] | None = None,
@@ -131,9 +136,10 @@ class InfinityPipeline:
           aspect_ratio: height / width, instead of `height` and `width`; the nearest template is used.
           pixels: pixel budget: "0.06M", "0.25M", "0.60M" or "1M".
           guidance_layer: 0 or None guides the logits; a negative index guides inside the network after that block.
-          policy: what to prune; "dense" prunes nothing.
+          policy: what to prune: "dense" (nothing), "fastvar", a policy object, a plan, or the name of a plan's
+            JSON file.
           output_type: "pil" images, "np" uint8 RGB, or "latent" code maps.
-          trace: also return every scale's logits, bits and code map.
+          trace: also return every scale's logits, bits, code map, attention entropy and kept tokens.
           callback_on_scale_end: called with (scale index, number of scales).
           text_features: one [tokens, channels] array per text, in place of prompts: a prompt given as well is not
             read.
@@ -148,7 +154,7 @@ class InfinityPipeline:
         Raises:
           InputError: an argument is impossible or contradicts another, or the device is out of memory.
         """
-        request.check_choice("policy", policy, request.POLICIES)
+        chosen_policy = resolve_policy(policy)
         request.check_choice("output_type", output_type, request.OUTPUT_TYPES)
         images_per_prompt = request.resolve_count("num_images_per_prompt", num_images_per_prompt)
         transformer = self.config.transformer
@@ -196,6 +202,7 @@ class InfinityPipeline:
             text_seconds = time.perf_counter() - started - text_compile - negative_compile
             batch = Batch(
                 loop=loop,
+                policy=chosen_policy,
                 text=text,
                 negative=negative,
                 settings=settings,

@@ -27,7 +27,6 @@ from toprovar_jax.schedule import (
 )
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-POLICIES = ("dense",)
 
 # What callers may pass: numbers of Python, numpy or jax, alone or in lists, tuples or arrays.
 Numbers = ArrayLike | Sequence[ArrayLike]

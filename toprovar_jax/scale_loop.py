@@ -63,11 +63,6 @@ class LoopConfig:
         """The plan, also where it is to run everything."""
         return self.plan or Plan.dense(self.schedule, self.transformer.depth)
 
-    @property
-    def executed_scales(self) -> tuple[int, ...]:
-        """Indices of the scales that run."""
-        return tuple(scale for scale, entry in enumerate(self.executed_plan.scales) if entry.runs)
-
     def step(self, scale: int) -> ScaleStep:
         """What the compiled step of a scale depends on besides the grids, the model and the capacities."""
         breaks = set(self.transformer.level_layers)
@@ -107,14 +102,14 @@ class ScaleOutput(NamedTuple):
       bits: what the model chose, on the tokenizer grid.
       logits_raw: before temperature and guidance, conditional rows first; only rows whose logits are used.
       kept: by layers, indices of the tokens that ran where not all did; `LayersResult.kept`.
-      entropy: attention entropy in nats of the layers asked for, mean over heads; NaN where a token did not run.
+      entropy: by layer asked for, attention entropy in nats, mean over heads; NaN where a token did not run.
       activations: `block0_in` and `block{i}_out` by name.
     """
 
     bits: UInt8[Array, "batch height width code_dim"]
     logits_raw: Float[Array, "rows tokens two_bits"] | None
     kept: dict[Span, Int[Array, "rows choices kept"]] | None
-    entropy: Float[Array, "layers rows tokens"] | None
+    entropy: dict[int, Float[Array, "rows tokens"]]
     activations: dict[str, Array] | None
 
 
@@ -327,7 +322,7 @@ def sample(
     state = initial_state(loop, batch)
     bits = []
     guided = loop.guided
-    for scale in loop.executed_scales:
+    for scale in loop.executed_plan.executed_scales:
         step = loop.step(scale)
         state = prepare(state, step)
         if guided and not step.guided:

@@ -28,7 +28,7 @@ from toprovar_jax.schedule import Grid
 
 # By layers, what they added to the residual stream of every token: in one piece, or per sub-layer where tokens are
 # chosen before every sub-layer.
-Updates = dict[Span, Float[Array, "rows parts tokens channels"]]
+Updates = dict[Span, Float[Array, "rows parts _saved_tokens channels"]]
 
 
 class LayersResult(NamedTuple):
@@ -39,8 +39,8 @@ class LayersResult(NamedTuple):
       cache: with the tokens that ran.
       saved: the updates that the step has to save.
       kept: by layers, indices of the tokens that ran; once per sub-layer where each has its own choice, else once.
-      entropy: of the layers asked for, the attention entropy of their tokens in nats, mean over heads; NaN where a
-        token did not run.
+      entropy: by layer asked for, the attention entropy of its tokens in nats, mean over heads; NaN where a token
+        did not run.
       activations: `block0_in`, and `block{i}_out` of every layer after which all tokens are at hand.
     """
 
@@ -48,7 +48,7 @@ class LayersResult(NamedTuple):
     cache: Cache
     saved: Updates
     kept: dict[Span, Int[Array, "rows choices kept"]]
-    entropy: Float[Array, "layers rows tokens"] | None
+    entropy: dict[int, Float[Array, "rows tokens"]]
     activations: dict[str, Array]
 
 
@@ -99,7 +99,7 @@ def run_layers(
         cache=tuple(execution.cache),
         saved=execution.saved,
         kept=execution.kept,
-        entropy=execution.stacked_entropy(entropy_layers),
+        entropy={layer: execution.entropy_of(layer) for layer in entropy_layers},
         activations=execution.activations,
     )
 
@@ -146,12 +146,10 @@ class _Execution:
             return self._run_sublayers(run, x)
         return self._run_kept_tokens(run, x)
 
-    def stacked_entropy(self, layers: tuple[int, ...]) -> Float[Array, "layers rows tokens"] | None:
-        """Maps of some layers; NaN for those that were skipped."""
-        if not layers:
-            return None
-        absent = jnp.full((self._batch * (2 if self._step.guided else 1), self._grid.size), jnp.nan)
-        return jnp.stack([self.entropy.get(layer, absent) for layer in layers])
+    def entropy_of(self, layer: int) -> Float[Array, "rows tokens"]:
+        """Entropy of a layer's tokens; NaN where it was skipped."""
+        rows = self._batch * (2 if self._step.guided else 1)
+        return self.entropy.get(layer, jnp.full((rows, self._grid.size), jnp.nan))
 
     def _run_all_tokens(self, span: Span, x: Array) -> Array:
         by_sublayer = self._step.by_sublayer

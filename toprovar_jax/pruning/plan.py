@@ -197,6 +197,11 @@ class Plan:
         return [layer for layer, kept in enumerate(self.scales[scale].kept_tokens) if kept < size]
 
     @property
+    def executed_scales(self) -> tuple[int, ...]:
+        """Indices of the scales that run."""
+        return tuple(scale for scale, entry in enumerate(self.scales) if entry.runs)
+
+    @property
     def cache_capacities(self) -> tuple[int, ...]:
         """Per layer, the length of a cache buffer: room for every kept token, aligned."""
         return tuple(-(-length // _ALIGNMENT) * _ALIGNMENT for length in self._cache_lengths(len(self.scales)))

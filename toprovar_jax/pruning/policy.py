@@ -35,7 +35,10 @@ class Policy(abc.ABC):
         """
 
     def entropy_layers(self, plan: Plan, scale: int) -> tuple[int, ...]:
-        """Layers whose attention entropy a scale has to report for `observe` or `scores`."""
+        """Layers, ascending, whose attention entropy a scale has to report for `observe` or `scores`.
+
+        The same for all plans that agree up to and including the scale.
+        """
         del plan, scale
         return ()
 
@@ -98,8 +101,8 @@ class Policy(abc.ABC):
 
         Args:
           entropies: by scale, what `entropy_layers` had reported of `score_scales`.
-          plan: the plan (static); the result may depend on the scales up to the step's alone.
-          step: the step at hand (static).
+          plan: the plan (static).
+          step: what it says of the scale to choose for (static).
           batch: number of images (static).
         """
         raise NotImplementedError(f"{type(self).__name__} scores no tokens")
@@ -135,7 +138,7 @@ class Fixed(Policy):
                 "choose the aspect ratio and pixel budget that it was made for, or a policy by name"
             )
         if self.plan.selection == "scores" and any(
-            self.plan.step(scale).scored_runs for scale, entry in enumerate(self.plan.scales) if entry.runs
+            self.plan.step(scale).scored_runs for scale in self.plan.executed_scales
         ):
             raise InputError(
                 "the plan selects tokens by scores, which a plan alone does not compute: use policy 'toprovar', "
