@@ -79,6 +79,17 @@ def vae():
     return _tiny_vae(jnp.float32)
 
 
+def test_group_norm_keeps_its_precision_far_from_zero():
+    rng = np.random.default_rng(0)
+    means = np.repeat(np.linspace(-30, 30, 8), 4)  # of each group, thirty times its deviation
+    x = rng.normal(means, 1, (2, 16, 16, 32)).astype(np.float32)
+    norm = bsq_vae.GroupNorm(32, VAEConfig(code_dim=4, num_groups=8))
+    groups = x.astype(np.float64).reshape(2, 256, 8, 4)
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    _assert_close(norm(jnp.asarray(x)), expected)
+
+
 def test_decoder_equals_the_published_one(vae):
     image, out = nnx.jit(lambda model, codes: model.decoder(codes))(vae, _nhwc(IO["dec.summed"]))
     _assert_close(image, _nhwc(IO["dec.raw_before_clamp"]))

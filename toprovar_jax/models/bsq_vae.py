@@ -193,19 +193,19 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
-    def _group_mean(self, x: Array) -> Array:
-        """Mean of every channel's group, [batch, 1, 1, channels]."""
-        batch, _, _, channels = x.shape
-        # Pixels first: reducing them together with a group's channels makes XLA for GPUs write a float32
-        # [pixels, groups] partial result to memory.
-        channel_means = x.mean(axis=(1, 2)).reshape(batch, self.num_groups, -1)
-        return jnp.repeat(channel_means.mean(axis=2), channels // self.num_groups, axis=1)[:, None, None]
-
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] of any float dtype to float32."""
+        batch, _, _, channels = x.shape
         x = x.astype(jnp.float32)
-        x = x - self._group_mean(x)
-        return x * jax.lax.rsqrt(self._group_mean(jnp.square(x)) + 1e-6) * self.scale[...] + self.bias[...]
+        # One pass over x gives both moments. Pixels first: reducing them together with a group's channels makes
+        # XLA for GPUs write a float32 [pixels, groups] partial result to memory.
+        moments = jnp.stack([x.mean(axis=(1, 2)), jnp.square(x).mean(axis=(1, 2))])
+        mean, mean_square = moments.reshape(2, batch, self.num_groups, -1).mean(axis=3)
+        inverse = jax.lax.rsqrt(jnp.maximum(mean_square - jnp.square(mean), 0) + 1e-6)
+        group_size = channels // self.num_groups
+        factor = jnp.repeat(inverse, group_size, axis=1) * self.scale[...]
+        offset = self.bias[...] - jnp.repeat(mean, group_size, axis=1) * factor
+        return x * factor[:, None, None] + offset[:, None, None]
 
 
 class ResidualBlock(nnx.Module):
