@@ -36,7 +36,7 @@ class KeyValue(NamedTuple):
 
 Cache = tuple[KeyValue, ...]  # one entry per layer
 # cos and sin of the tokens at hand, the same in every row or each row's own.
-Rotation = tuple[Float[Array, "*rows tokens pairs"], Float[Array, "*rows tokens pairs"]]
+Rotation = tuple[Float[Array, "*_rows _tokens pairs"], Float[Array, "*_rows _tokens pairs"]]
 
 T = TypeVar("T")
 # Queries, keys and values of the new tokens -> attention output, and whatever the caller wants back of the layer.
