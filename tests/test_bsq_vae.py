@@ -90,6 +90,21 @@ def test_group_norm_keeps_its_precision_far_from_zero():
     _assert_close(norm(jnp.asarray(x)), expected)
 
 
+def test_enlarging_convolution_is_that_of_the_enlarged_map():
+    conv = bsq_vae.EnlargingConv(4, jnp.float32, nnx.Rngs(0))
+    conv.bias[...] = jnp.arange(4.0)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+    expected = jax.lax.conv_general_dilated(
+        x.repeat(2, axis=1).repeat(2, axis=2),
+        conv.kernel[...],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+    _assert_close(conv(x), expected + conv.bias[...])
+
+
 def test_decoder_equals_the_published_one(vae):
     image, out = nnx.jit(lambda model, codes: model.decoder(codes))(vae, _nhwc(IO["dec.summed"]))
     _assert_close(image, _nhwc(IO["dec.raw_before_clamp"]))

@@ -185,6 +185,39 @@ def _downsampling_conv(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.C
     )
 
 
+class EnlargingConv(nnx.Conv):
+    """3x3 convolution of a map whose every cell is first repeated in 2x2 pixels (section 6.2).
+
+    The four pixels around a corner between cells see the same 2x2 cells. So a 2x2 convolution of the map itself
+    gives them as four times the channels: taps that fall on the same cell are added up beforehand, which leaves 4
+    of 9 products and no enlarged map to write and read.
+    """
+
+    def __init__(self, channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        super().__init__(channels, channels, (3, 3), dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] to twice the grid."""
+        batch, height, width, channels = x.shape
+        precision = matmul_precision(self.dtype)
+        kernel = self.kernel[...].astype(jnp.float32)
+        # [pixel, cell, tap]: the upper (left) pixel of the corner sees the upper (left) cell twice.
+        taps = jnp.asarray([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], jnp.float32)
+        kernel = jnp.einsum("pat,qbu,tuio->abipqo", taps, taps, kernel, precision=jax.lax.Precision.HIGHEST)
+        corners = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.reshape(2, 2, channels, 4 * channels).astype(self.dtype),
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
+        corners = corners + jnp.tile(self.bias[...], 4)
+        corners = corners.reshape(batch, height + 1, width + 1, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+        # The corners along the border reach half a cell too far.
+        return corners.reshape(batch, 2 * height + 2, 2 * width + 2, channels)[:, 1:-1, 1:-1]
+
+
 class GroupNorm(nnx.Module):
     """Normalises each group of channels over all pixels, in float32 (section 6.1)."""
 
@@ -257,7 +290,7 @@ class DecoderLevel(nnx.Module):
             ResidualBlock(in_channels if index == 0 else channels, channels, config, dtype, rngs)
             for index in range(config.num_residual_blocks + 1)
         )
-        self.upsample = None if level == 0 else _conv(channels, channels, 3, dtype, rngs)
+        self.upsample = None if level == 0 else EnlargingConv(channels, dtype, rngs)
 
     def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
         """[batch, height, width, channels of the level below] to twice the grid, and named intermediates."""
@@ -265,7 +298,7 @@ class DecoderLevel(nnx.Module):
             x = block(x)
         out = {"blocks": x}
         if self.upsample is not None:
-            x = out["upsample"] = self.upsample(x.repeat(2, axis=1).repeat(2, axis=2))
+            x = out["upsample"] = self.upsample(x)
         return x, out
 
 
