@@ -15,11 +15,12 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).uniform(0.1, 5.0, shape).astype(np.float32)
 
 
-def test_token_entropy_is_the_mean_over_heads_and_halves():
-    entropy = random(6, 4, 5)  # three images under guidance
-    expected = [[np.mean([entropy[i, :, t], entropy[3 + i, :, t]]) for t in range(5)] for i in range(3)]
-    np.testing.assert_allclose(measures.token_entropy(jnp.asarray(entropy), 3), expected, rtol=1e-6)
-    np.testing.assert_allclose(measures.token_entropy(jnp.asarray(entropy), 6), entropy.mean(axis=1), rtol=1e-6)
+def test_image_entropy_is_the_mean_of_the_guidance_halves():
+    entropy = random(4, 6, 5)  # four layers, three images under guidance
+    expected = [[(layer[i] + layer[3 + i]) / 2 for i in range(3)] for layer in entropy]
+    np.testing.assert_allclose(measures.image_entropy(jnp.asarray(entropy), 3), expected, rtol=1e-6)
+    np.testing.assert_allclose(measures.image_entropy(jnp.asarray(entropy[0]), 3), expected[0], rtol=1e-6)
+    np.testing.assert_array_equal(measures.image_entropy(jnp.asarray(entropy), 6), entropy)
 
 
 def test_focused_share_counts_tokens_below_the_mean():

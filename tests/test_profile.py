@@ -37,7 +37,7 @@ def test_text_round_trip():
     [
         ({"crossing": "both"}, r"^unknown crossing 'both' in the profile: choose one of above, below$"),
         ({"normalization": "l2"}, r"^unknown normalization 'l2' in the profile: choose one of sum, mean, rank$"),
-        ({"source": "mlp"}, r"^unknown source 'mlp' in the profile: choose one of scale_before, layer_before$"),
+        ({"source": "mlp"}, r"^unknown source 'mlp' in the profile: choose one of same_layers, all_layers, layer_before$"),
         ({"layer_scores": ()}, r"^a profile needs one layer score from 0 to 1 for every layer$"),
         ({"layer_scores": (0.0, 1.1)}, r"one layer score from 0 to 1"),
         ({"layer_scores": (0.0, float("nan"))}, r"one layer score from 0 to 1"),

@@ -28,14 +28,17 @@ _REGION_FLOOR = 0.25
 _REGIONS_PER_SIDE = (4, 2, 1)
 
 
-def token_entropy(entropy: Float[Array, "rows heads tokens"], batch: int) -> Float[Array, "batch tokens"]:
-    """One entropy per token of an image: the mean over heads and over the two guidance halves.
+def image_entropy(
+    entropy: Float[Array, "*layers rows tokens"], batch: int
+) -> Float[Array, "*layers batch tokens"]:
+    """One entropy per token of an image: the mean of the two guidance halves, so that both keep the same tokens.
 
     Args:
-      entropy: per head, in nats; under guidance the conditional rows come first.
+      entropy: mean over heads, in nats; under guidance the conditional rows come first.
       batch: number of images, so that rows = batch, or 2 x batch under guidance.
     """
-    return jnp.mean(entropy.reshape(-1, batch, *entropy.shape[1:]), axis=(0, 2))
+    *layers, rows, tokens = entropy.shape
+    return jnp.mean(entropy.reshape(*layers, rows // batch, batch, tokens), axis=-3)
 
 
 def focused_share(entropy: Float[Array, "*batch tokens"]) -> Float[Array, "*batch"]:

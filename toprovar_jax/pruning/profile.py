@@ -23,9 +23,9 @@ FORMAT_VERSION = 1
 # On which side of tau a scale's focused share lets pruning start: "above" is Eq. 3, "below" is Eq. 13.
 Crossing = Literal["above", "below"]
 
-# Whose entropies choose tokens: those of the same layers at the last dense scale, resized, or those of the dense
-# layer before, at the scale itself.
-Source = Literal["scale_before", "layer_before"]
+# Whose entropies choose tokens: at the last dense scale, resized, those of the same layers or of all layers; or at
+# the scale itself those of the dense layer before.
+Source = Literal["same_layers", "all_layers", "layer_before"]
 
 _CALIBRATE = "python -m toprovar_jax.calibrate --checkpoint DIR --prompts FILE --target speedup=3"
 
@@ -67,7 +67,7 @@ class Profile:
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     normalization: Normalization = "rank"
-    source: Source = "scale_before"
+    source: Source = "same_layers"
     checkpoint: str | None = None
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
