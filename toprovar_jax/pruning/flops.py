@@ -182,10 +182,8 @@ class PlanCost:
         return max(computing, self.weight_bytes(scale) / roofs.bandwidth)
 
     def _restoration(self, scale: int) -> Work:
-        step = self.plan.step(scale)
+        step = self.plan.step(scale, self.config.level_layers)
         if step.restore_grid is None:
             return Work()
         once = restoration_work(self.config, step.restore_grid, self.plan.schedule[scale]) * self.rows(scale)
-        # Where every sub-layer chooses its own tokens, every sub-layer's update is restored.
-        per_run = 3 if self.plan.selection == "variance" else 1
-        return once * (per_run * sum(run.pruned for run in step.runs))
+        return once * ((3 if step.by_sublayer else 1) * sum(run.pruned for run in step.runs))
