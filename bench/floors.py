@@ -64,12 +64,12 @@ def decoder_work(decoder: Parameters, cells: int) -> int:
     coarsest = max(decoder["up"])
     total = 0
     for path, leaf in _kernels(decoder):
-        enlarged = 0
-        if path[0] == "up":
-            enlarged = coarsest - path[1] + (path[2] == "upsample")
-        elif path[0] == "conv_out":
-            enlarged = coarsest
-        total += 2 * math.prod(leaf.shape) * cells * 4**enlarged
+        products = math.prod(leaf.shape)
+        if path[-2] == "upsample":
+            # Four pixels of an enlarged map from 2x2 cells each.
+            products = products // 9 * 4 * 4
+        level = path[1] if path[0] == "up" else 0 if path[0] == "conv_out" else coarsest
+        total += 2 * products * cells * 4 ** (coarsest - level)
     return total
 
 

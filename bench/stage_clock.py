@@ -16,8 +16,10 @@ from unittest import mock
 import jax
 
 from toprovar_jax.programs import Programs
+from toprovar_jax.pruning.plan import ScaleStep
 
-_STAGES = {"text": "text encoder", "decode": "decoder"}  # keys of the pipeline's programs start with these
+# Keys of the pipeline's programs start with these.
+_STAGES = {"text": "text encoder", "decode": "decoder", "drop_unconditional_rows": "drop rows"}
 
 
 class Stage(NamedTuple):
@@ -41,18 +43,26 @@ class _Event(NamedTuple):
 
 
 class StageNamer:
-    """Names the programs of one image in their order."""
+    """Names the programs of one image in their order: steps by their scale, others by what they do.
+
+    What a policy does between two steps has the scale of the step before in its name.
+    """
 
     def __init__(self) -> None:
-        self.num_scales = 0
+        self._scale: int | None = None
 
     def __call__(self, key: Hashable) -> str:
         """Name of the program under a key."""
-        kind = str(key[0]) if isinstance(key, tuple) else str(key)
-        if kind != "scale":
-            return _STAGES.get(kind, kind)
-        self.num_scales += 1
-        return f"scale {self.num_scales - 1}"
+        parts = key if isinstance(key, tuple) else (key,)
+        kind = str(parts[0])
+        if kind == "decode":
+            self._scale = None
+        for part in parts:
+            if kind == "scale" and isinstance(part, ScaleStep):
+                self._scale = part.scale
+                return f"scale {part.scale}"
+        name = _STAGES.get(kind, kind)
+        return name if self._scale is None else f"{name} {self._scale}"
 
 
 def time_stages(programs: Programs, call: Callable[[], object]) -> list[Stage]:

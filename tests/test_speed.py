@@ -83,6 +83,14 @@ def test_a_stage_lasts_from_the_end_of_the_one_before_and_the_host_may_run_ahead
     assert "run" not in vars(programs)
 
 
+def test_stages_are_named_by_what_they_do_and_their_scale():
+    plan = Plan.dense((Grid(1, 1), Grid(2, 2), Grid(3, 3)), 1)
+    name = stage_clock.StageNamer()
+    keys = [("text", (1, 8)), ("start",), ("scale", "shape", plan.step(0)), ("observe",), ("scale", plan.step(2))]
+    names = [name(key) for key in [*keys, ("decode", 1)]]
+    assert names == ["text encoder", "start", "scale 0", "observe 0", "scale 2", "decoder"]
+
+
 def test_a_call_without_programs_is_no_measurement():
     with pytest.raises(RuntimeError, match="no program was run"):
         stage_clock.time_stages(Programs(), lambda: None)
@@ -179,8 +187,8 @@ def test_results_of_different_cases_have_different_names():
 def test_the_command_times_a_checkpoint_from_a_cold_and_from_a_warm_start(tmp_path):
     folder = tmp_path / "tiny"
     checkpoint.save(folder, tiny.CONFIG, tiny.parameters(), dtype="float32", tokenizer=tiny.tokenizer_json())
-    command = [sys.executable, "-m", "bench.speed", "--compare", f"--model={folder}", "--pixels=0.06M"]
-    command += ["--runs=1", "--warmups=0", f"--cache_dir={tmp_path / 'cache'}", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "bench.speed", "--policy=dense", f"--model={folder}", "--pixels=0.06M"]
+    command += ["--runs=1", "--warmups=1", f"--cache_dir={tmp_path / 'cache'}", f"--out={tmp_path}"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
@@ -193,10 +201,24 @@ def test_the_command_times_a_checkpoint_from_a_cold_and_from_a_warm_start(tmp_pa
     assert warm["compiled_programs"] == 0
     assert warm["cold_start"]["start_s"] == cold["start_s"]
     assert [stage["stage"] for stage in warm["stages"]] == STAGES
-    assert warm["command"].startswith("python -m bench.speed --compare")
+    assert warm["command"].startswith("python -m bench.speed --policy=dense")
     printed = done.stdout.splitlines()
-    assert printed[-1].startswith("dense ")
     assert any(line.startswith(f"scale {SCALES - 1} ") for line in printed)
+
+
+def test_policies_are_compared_line_by_line():
+    result = {
+        "policy": "some/plan.json",
+        "total_ms": {"median": 30.0},
+        "floor_ms": 20.0,
+        "loop_ms": {"median": 21.0},
+        "policy_ms": {"median": 1.0},
+        "stages": [{"stage": "decoder", "ms": {"median": 7.0}}],
+        "images_per_second": 33.333,
+        "peak_device_bytes": 12_340_000_000,
+    }
+    _, line = speed.comparison_table([result]).splitlines()
+    assert line.split() == ["plan", "30.0", "20.0", "1.50", "21.0", "1.0", "7.0", "33.33", "12.34"]
 
 
 def test_the_command_passes_on_what_is_wrong_with_a_case(tmp_path):

@@ -185,7 +185,7 @@ def _downsampling_conv(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.C
     )
 
 
-class EnlargingConv(nnx.Conv):
+class EnlargingConv(nnx.Module):
     """3x3 convolution of a map whose every cell is first repeated in 2x2 pixels (section 6.2).
 
     The four pixels around a corner between cells see the same 2x2 cells. So a 2x2 convolution of the map itself
@@ -194,23 +194,25 @@ class EnlargingConv(nnx.Conv):
     """
 
     def __init__(self, channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        super().__init__(channels, channels, (3, 3), dtype=dtype, param_dtype=dtype, rngs=rngs)
+        initial = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(initial(rngs.params(), (3, 3, channels, channels), dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, dtype))
 
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] to twice the grid."""
         batch, height, width, channels = x.shape
-        precision = matmul_precision(self.dtype)
+        dtype = self.kernel.dtype
         kernel = self.kernel[...].astype(jnp.float32)
         # [pixel, cell, tap]: the upper (left) pixel of the corner sees the upper (left) cell twice.
         taps = jnp.asarray([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], jnp.float32)
         kernel = jnp.einsum("pat,qbu,tuio->abipqo", taps, taps, kernel, precision=jax.lax.Precision.HIGHEST)
         corners = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.reshape(2, 2, channels, 4 * channels).astype(self.dtype),
+            x.astype(dtype),
+            kernel.reshape(2, 2, channels, 4 * channels).astype(dtype),
             window_strides=(1, 1),
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
+            precision=matmul_precision(dtype),
         )
         corners = corners + jnp.tile(self.bias[...], 4)
         corners = corners.reshape(batch, height + 1, width + 1, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
