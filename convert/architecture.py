@@ -160,6 +160,11 @@ def vae_config(weights: Weights) -> VAEConfig:
         raise InputError(
             f"{weights.path} has levels of {channels} channels, no multiples of {base_channels}: {REMEDY}"
         )
+    if any(count % 32 and count % 24 for count in channels):
+        raise InputError(
+            f"{weights.path} has levels of {channels} channels, which form neither 32 nor 24 groups to normalise: "
+            f"{REMEDY}"
+        )
     return VAEConfig(
         code_dim=read.vote(
             "bits per code",

@@ -465,6 +465,12 @@ def test_sizes_that_no_model_has(tmp_path):
     )
     first = {"encoder.conv_in.conv.weight": torch.zeros(24, 3, 3, 3), "encoder.conv_in.conv.bias": torch.zeros(24)}
     refuse(map_vae, VAE | first, r"levels of \[32, 64, 64\] channels, no multiples of 24: download it again")
+    odd = {name: x[: len(x) // 2] for name, x in VAE.items()}
+    refuse(
+        map_vae,
+        odd,
+        r"levels of \[16, 32, 32\] channels, which form neither 32 nor 24 groups to normalise: download it again",
+    )
     heads = {name: torch.zeros(1, 5, 1, 1) for name in TRANSFORMER if name.endswith("scale_mul_1H11")}
     refuse(
         map_infinity,
