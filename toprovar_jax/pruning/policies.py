@@ -8,8 +8,9 @@ from toprovar_jax.errors import InputError
 from toprovar_jax.pruning.fastvar import FastVAR
 from toprovar_jax.pruning.plan import Plan, PlanError
 from toprovar_jax.pruning.policy import Dense, Fixed, Policy
+from toprovar_jax.pruning.skipvar import SkipVAR
 
-POLICIES: dict[str, Callable[[], Policy]] = {"dense": Dense, "fastvar": FastVAR}
+POLICIES: dict[str, Callable[[], Policy]] = {"dense": Dense, "fastvar": FastVAR, "skipvar": SkipVAR}
 
 
 def resolve_policy(policy: Any) -> Policy:
