@@ -42,9 +42,9 @@ def computed():
 
     @functools.partial(jax.jit, static_argnames="scale")
     def step(params, state, context, bits, *, scale):
-        keys = scale_loop.image_keys(jnp.zeros(1, jnp.uint32))
+        draws = jnp.ones((1, case.schedule[scale].size, case.config.token_bits, 2))
         return scale_loop.scale_step(
-            params, state, context, keys, settings, bits, loop=loop, scale=scale, record="activations"
+            params, state, context, draws, settings, bits, loop=loop, scale=scale, record="activations"
         )
 
     context = jax.jit(functools.partial(scale_loop.encode_context, loop=loop))(

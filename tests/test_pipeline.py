@@ -49,11 +49,14 @@ def test_images_of_one_prompt_use_consecutive_seeds():
 def test_draws_depend_on_seed_scale_token_and_bit_alone():
     """A larger grid or more bits extend the draws; they change none of them."""
     key = scale_loop.image_keys(np.array([11], np.uint32))[0]
-    small = scale_loop.sampling.exponential_draws(key, tokens=4, bits=4)
-    large = scale_loop.sampling.exponential_draws(key, tokens=9, bits=4)
+    first, small = scale_loop.sampling.exponential_draws(key, (Grid(1, 1), Grid(2, 2)), bits=4)
+    again, large = scale_loop.sampling.exponential_draws(key, (Grid(1, 1), Grid(3, 3)), bits=4)
+    assert [x.shape for x in (first, small, large)] == [(1, 4, 2), (4, 4, 2), (9, 4, 2)]
+    np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(small, large[:4])
-    assert len(np.unique(large)) == large.size
-    assert abs(float(np.mean(scale_loop.sampling.exponential_draws(key, 4096, 4))) - 1) < 0.02
+    assert len(np.unique(np.concatenate([first, large]))) == first.size + large.size
+    (many,) = scale_loop.sampling.exponential_draws(key, (Grid(64, 64),), bits=4)
+    assert abs(float(np.mean(many)) - 1) < 0.02
 
 
 def test_output_types():

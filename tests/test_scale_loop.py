@@ -40,10 +40,10 @@ def test_every_budget_ends_in_the_published_picture_size(ratio, patchify):
         )
         state = jax.eval_shape(functools.partial(scale_loop.initial_state, loop, 2))
         assert state.cache[0].key.shape[1] % 8 == 0
-        keys = jax.eval_shape(scale_loop.image_keys, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        draws = jax.ShapeDtypeStruct((2, schedule[-1].size, config.token_bits, 2), jnp.float32)
         settings = scale_loop.SamplingSettings(SCALAR, SCALAR, jax.ShapeDtypeStruct((), jnp.int32), SCALAR)
         step = functools.partial(scale_loop.scale_step, loop=loop, scale=len(schedule) - 1, record="logits")
-        after, output = jax.eval_shape(step, params, state, context, keys, settings)
+        after, output = jax.eval_shape(step, params, state, context, draws, settings)
         assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
         assert output.logits_raw.shape == (4, schedule[-1].size, 2 * config.token_bits)
         image = jax.eval_shape(
@@ -65,10 +65,10 @@ def test_guidance_inside_the_layers_happens_at_its_block_only():
     def activations(guidance_scale):
         context = scale_loop.encode_context(params, features, jnp.array([8]), loop=loop)
         settings = scale_loop.SamplingSettings(guidance_scale, 1.0, 1, 0.0)
-        keys = scale_loop.image_keys(jnp.zeros(1, jnp.uint32))
+        draws = jnp.ones((1, 1, config.token_bits, 2))
         state = scale_loop.initial_state(loop, 1)
         step = functools.partial(scale_loop.scale_step, loop=loop, scale=0, record="activations")
-        return step(params, state, context, keys, settings)[1].activations
+        return step(params, state, context, draws, settings)[1].activations
 
     apart = [float(jnp.abs(x[0] - x[1]).max()) for x in activations(1.0).values()]
     mixed = {name: float(jnp.abs(x[0] - x[1]).max()) for name, x in activations(3.0).items()}

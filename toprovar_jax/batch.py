@@ -25,7 +25,7 @@ class Batch:
       settings: guidance and sampling per scale.
       seeds: one per image.
       forced_bits: per scale, bits to go on with, or None.
-      draws: per scale, Exp(1) draws, or None.
+      draws: per scale, Exp(1) draws to use in place of the seeds', or None.
       trace: whether to record what is computed.
       decode: whether to make pixels.
     """
@@ -49,11 +49,9 @@ class Batch:
     @property
     def kind(self) -> Hashable:
         """What decides which programs run: batches of one kind differ in values only."""
-        given = tuple(
-            (bits is None, draws is None) for bits, draws in zip(self.forced_bits, self.draws, strict=True)
-        )
+        forced = tuple(bits is not None for bits in self.forced_bits)
         shape = (self.size, self.text.text_tokens, self.negative is None)
-        return self.loop, self.policy, shape, given, self.trace, self.decode
+        return self.loop, self.policy, shape, forced, self.trace, self.decode
 
     @property
     def context_arguments(self) -> tuple[Any, ...]:
@@ -64,11 +62,11 @@ class Batch:
         return arguments
 
     def scale_arguments(self, scale: int) -> tuple[Any, ...]:
-        """Arguments of `scale_step` after the keys, but for scores."""
+        """Arguments of `scale_step` after the draws, but for scores."""
         settings = SamplingSettings(
             np.asarray(self.settings.guidance_scale[scale], np.float32),
             np.asarray(self.settings.temperature[scale], np.float32),
             np.asarray(self.settings.top_k[scale], np.int32),
             np.asarray(self.settings.top_p[scale], np.float32),
         )
-        return settings, self.forced_bits[scale], self.draws[scale]
+        return settings, self.forced_bits[scale]

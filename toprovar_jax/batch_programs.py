@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree, UInt8, UInt32
+from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
 from toprovar_jax.batch import Batch
 from toprovar_jax.config import CheckpointConfig, VAEConfig
@@ -18,6 +18,7 @@ from toprovar_jax.pruning.policy import Policy
 from toprovar_jax.scale_loop import (
     LoopConfig,
     LoopState,
+    draw_all_scales,
     drop_unconditional_rows,
     encode_context,
     image_keys,
@@ -58,7 +59,7 @@ class BatchPrograms:
 
     Attributes:
       context: projects the text.
-      start: makes the first state.
+      start: makes the first state, and the draws of every scale.
       decode: makes pixels; None for batches that are not decoded.
       first_plan: the plan that a run starts with.
       scales: by plan, the programs of the scales that it runs.
@@ -127,14 +128,14 @@ class _Builder:
         loop, step = self._loop_with(plan), self._loop_with(plan).step(scale)
         wanted = policy.entropy_layers(plan, scale)
         reported = tuple(range(plan.depth)) if batch.trace else wanted
-        given = (batch.forced_bits[scale] is None, batch.draws[scale] is None)
+        forced = batch.forced_bits[scale] is not None
         run = self._add(
             "scale",
             self._shape,
             step,
             reported,
             batch.trace,
-            given,
+            forced,
             recipe=functools.partial(self._scale_recipe, loop, scale, reported),
         )
         cut = scores = observe = None
@@ -172,7 +173,7 @@ class _Builder:
 
     def _scale_recipe(self, loop: LoopConfig, scale: int, entropy_layers: tuple[int, ...]) -> Recipe:
         batch, step = self._batch, loop.step(scale)
-        _, keys = self._start.output_shapes()
+        _, draws = self._start.output_shapes()
         context = self._context.output_shapes()
         if loop.guided and not step.guided:
             context = _with_rows(context, batch.size)
@@ -185,7 +186,7 @@ class _Builder:
                 self._params["transformer"],
                 self._state_shapes(loop, scale),
                 context,
-                keys,
+                draws[scale],
                 *batch.scale_arguments(scale),
                 scores,
             ),
@@ -257,8 +258,10 @@ def decode_pixels(
     return ((image + 1) / 2 * 255).astype(jnp.uint8)
 
 
-def _start(seeds: UInt32[Array, "batch"], *, loop: LoopConfig) -> tuple[LoopState, Key[Array, "batch"]]:
-    return initial_state(loop, seeds.shape[0]), image_keys(seeds)
+def _start(
+    seeds: UInt32[Array, "batch"], *, loop: LoopConfig
+) -> tuple[LoopState, tuple[Float[Array, "batch _tokens bits 2"], ...]]:
+    return initial_state(loop, seeds.shape[0]), draw_all_scales(image_keys(seeds), loop)
 
 
 def _scores(

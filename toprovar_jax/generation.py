@@ -46,10 +46,10 @@ class Generator:
 
         started = time.perf_counter()
         context = run(programs.context, self._params["transformer"], *batch.context_arguments)
-        state, keys = jax.block_until_ready(run(programs.start, batch.seeds))
+        state, draws = jax.block_until_ready(run(programs.start, batch.seeds))
         text_seconds = time.perf_counter() - started
 
-        scales = _ScaleLoop(self._programs, self._params, programs, batch, context, keys, state)
+        scales = _ScaleLoop(self._programs, self._params, programs, batch, context, draws, state)
         num_scales = len(batch.loop.schedule)
         seconds = []
         for scale in range(num_scales):
@@ -91,7 +91,7 @@ class _ScaleLoop:
         programs: BatchPrograms,
         batch: Batch,
         context: Any,
-        keys: jax.Array,
+        draws: tuple[jax.Array, ...],
         state: LoopState,
     ):
         self._compiled = compiled
@@ -99,7 +99,7 @@ class _ScaleLoop:
         self._programs = programs
         self._batch = batch
         self._context = context
-        self._keys = keys
+        self._draws = draws
         self._guided = batch.loop.guided
         self._entropies: dict[int, Entropies] = {}
         self._reports: dict[int, Report] = {}
@@ -133,7 +133,7 @@ class _ScaleLoop:
             self._params["transformer"],
             self.state,
             self._context,
-            self._keys,
+            self._draws[scale] if batch.draws[scale] is None else batch.draws[scale],
             *batch.scale_arguments(scale),
             scores,
         )

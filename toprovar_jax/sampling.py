@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from toprovar_jax.schedule import ScaleSchedule
+
 FloatScalar = float | Float[Array, ""] | Float[np.ndarray, ""]
 IntScalar = int | Int[Array, ""] | Int[np.ndarray, ""]
 
@@ -48,13 +50,22 @@ def filter_probabilities(
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
 
-def exponential_draws(key: Key[Array, ""], tokens: int, bits: int) -> Float[Array, "tokens bits 2"]:
-    """Exp(1) draws of one image at one scale; each depends only on the key, its token and its bit."""
+def exponential_draws(
+    key: Key[Array, ""], schedule: ScaleSchedule, bits: int
+) -> tuple[Float[Array, "_tokens bits 2"], ...]:
+    """Exp(1) draws of one image for every scale; each depends only on the key, its scale, its token and its bit.
 
-    def draw(token: Int[Array, ""]) -> Float[Array, "bits 2"]:
-        return jax.random.exponential(jax.random.fold_in(key, token), (bits, 2))
+    One generator serves all scales: its code takes long to compile, and each scale's step would have its own.
+    """
+    sizes = [grid.size for grid in schedule]
+    scales = np.repeat(np.arange(len(sizes)), sizes)
+    tokens = np.concatenate([np.arange(size) for size in sizes])
 
-    return jax.vmap(draw)(jnp.arange(tokens))
+    def draw(scale: Int[Array, ""], token: Int[Array, ""]) -> Float[Array, "bits 2"]:
+        token_key = jax.random.fold_in(jax.random.fold_in(key, scale), token)
+        return jax.random.exponential(token_key, (bits, 2))
+
+    return tuple(jnp.split(jax.vmap(draw)(scales, tokens), np.cumsum(sizes)[:-1]))
 
 
 def sample_classes(

@@ -6,6 +6,7 @@ Source: docs/spec/infinity.md, section 5.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -118,6 +119,15 @@ def image_keys(seeds: UInt32[Array | np.ndarray, "batch"]) -> Key[Array, "batch"
     return jax.vmap(jax.random.key)(seeds)
 
 
+def draw_all_scales(
+    keys: Key[Array, "batch"], loop: LoopConfig
+) -> tuple[Float[Array, "batch _tokens bits 2"], ...]:
+    """What the keys draw for every scale of the schedule, also for those that a plan drops."""
+    draw = functools.partial(sampling.exponential_draws, schedule=loop.schedule, bits=loop.transformer.token_bits)
+    draws: tuple[Array, ...] = jax.vmap(draw)(keys)
+    return draws
+
+
 def encode_context(
     params: Parameters,
     features: Float[Array, "batch text_tokens channels"],
@@ -174,9 +184,9 @@ def prepare(state: LoopState, step: ScaleStep) -> LoopState:
 
 def drop_unconditional_rows(
     cache: Cache, saved: Updates, context: TextContext, *, batch: int
-) -> tuple[Cache, Updates, TextContext]:
+) -> tuple[Cache, dict[Span, Array], TextContext]:
     """Goes on with the conditional rows alone, once a plan stops guiding."""
-    kept: tuple[Cache, Updates, TextContext] = jax.tree.map(lambda x: x[:batch], (cache, saved, context))
+    kept: tuple[Cache, dict[Span, Array], TextContext] = jax.tree.map(lambda x: x[:batch], (cache, saved, context))
     return kept
 
 
@@ -214,10 +224,9 @@ def scale_step(
     params: Parameters,
     state: LoopState,
     context: TextContext,
-    keys: Key[Array, "batch"],
+    draws: Float[Array, "batch tokens bits 2"],
     settings: SamplingSettings,
     forced_bits: UInt8[Array, "batch height width code_dim"] | None = None,
-    draws: Float[Array, "batch tokens bits 2"] | None = None,
     scores: Float[Array, "runs batch tokens"] | None = None,
     *,
     loop: LoopConfig,
@@ -234,10 +243,9 @@ def scale_step(
       params: the transformer's parameters.
       state: from the last scale that ran; see `prepare` and `drop_unconditional_rows`.
       context: the text.
-      keys: one random key per image; draws depend on it, the scale, the token and the bit alone.
+      draws: Exp(1) draws of this scale, as from `draw_all_scales`.
       settings: guidance and sampling of this scale.
       forced_bits: bits to go on with instead of the chosen ones.
-      draws: Exp(1) draws to use instead of the keys'.
       scores: where the plan selects by scores, one per token for every run of layers that keeps some
         (`ScaleStep.scored_runs`): the lowest are kept.
       loop: the run (static).
@@ -248,10 +256,6 @@ def scale_step(
     config, step = loop.transformer, loop.step(scale)
     model: Infinity = bind(Infinity, config, loop.dtype, params)
     grid, batch = loop.schedule[scale], state.code_map.shape[0]
-    if draws is None:
-        draws = jax.vmap(
-            lambda key: sampling.exponential_draws(jax.random.fold_in(key, scale), grid.size, config.token_bits)
-        )(keys)
 
     def guide_inside(next_layer: int, x: Array) -> Array:
         if not step.guided or next_layer != config.depth + loop.guidance_layer + 1:
@@ -320,6 +324,7 @@ def sample(
     batch = features.shape[0]
     context = encode_context(params, features, lengths, loop=loop)
     state = initial_state(loop, batch)
+    draws = draw_all_scales(keys, loop)
     bits = []
     guided = loop.guided
     for scale in loop.executed_plan.executed_scales:
@@ -329,6 +334,6 @@ def sample(
             cache, saved, context = drop_unconditional_rows(state.cache, state.saved, context, batch=batch)
             state = state._replace(cache=cache, saved=saved)
         guided = step.guided
-        state, output = scale_step(params, state, context, keys, settings[scale], loop=loop, scale=scale)
+        state, output = scale_step(params, state, context, draws[scale], settings[scale], loop=loop, scale=scale)
         bits.append(output.bits)
     return state.code_map, tuple(bits)

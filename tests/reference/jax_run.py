@@ -40,19 +40,19 @@ def run_jax(run: Run, dtype: str = "float32", forced_bits: list[np.ndarray] | No
     results = _compact(text, lengths)
 
     state = scale_loop.initial_state(loop, run.batch)
-    keys = jax.random.split(jax.random.key(0), run.batch)
+    draws = run.draws
+    if draws is None:
+        draws = scale_loop.draw_all_scales(jax.random.split(jax.random.key(0), run.batch), loop)
     for scale, grid in enumerate(run.schedule):
         guidance = run.guidance_scale[scale]
-        draws = (run.batch, grid.size, run.config.token_bits, 2)
         bits = (run.batch, *loop.code_grids[scale], run.config.code_dim)
         state, entries = _scale(
             params,
             state,
             context,
-            keys,
+            draws[scale].reshape(run.batch, grid.size, run.config.token_bits, 2),
             SamplingSettings(guidance, run.temperature[scale], run.top_k, run.top_p),
             None if forced_bits is None else forced_bits[scale].reshape(bits),
-            None if run.draws is None else run.draws[scale].reshape(draws),
             loop=loop,
             scale=scale,
             guides_logits=guidance != 1 and run.guidance_layer is None,
@@ -97,11 +97,11 @@ def _text(params, features, lengths, negative_features=None, negative_lengths=No
 
 
 @functools.partial(jax.jit, static_argnames=("loop", "scale", "guides_logits"))
-def _scale(params, state, context, keys, settings, forced_bits, draws, *, loop, scale, guides_logits):
+def _scale(params, state, context, draws, settings, forced_bits, *, loop, scale, guides_logits):
     state, output = scale_loop.scale_step(
-        params, state, context, keys, settings, forced_bits, draws, loop=loop, scale=scale, record="activations"
+        params, state, context, draws, settings, forced_bits, loop=loop, scale=scale, record="activations"
     )
-    batch = len(keys)
+    batch = len(draws)
     # The golden files keep unconditional rows of logits only where the scale is guided.
     logits_raw = output.logits_raw if guides_logits else output.logits_raw[:batch]
     logits = logits_raw / settings.temperature
