@@ -35,10 +35,6 @@ class Recipe(NamedTuple):
         function = functools.partial(self.function, **self.static)
         return jax.jit(function, donate_argnums=self.donate).lower(*self.arguments)
 
-    def compile(self) -> Any:
-        """Lowers and compiles."""
-        return self.lower().compile()
-
 
 class Programs:
     """Compiles each program once, several at a time, and runs it by its key."""
@@ -63,8 +59,9 @@ class Programs:
             return 0.0
         started = time.perf_counter()
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            compiled = list(pool.map(lambda recipe: recipe().compile(), missing.values()))
-        self._compiled |= dict(zip(missing, compiled, strict=True))
+            # Tracing holds the interpreter, so it stays on one thread; compiling does not.
+            compiling = {key: pool.submit(recipe().lower().compile) for key, recipe in missing.items()}
+            self._compiled |= {key: program.result() for key, program in compiling.items()}
         return time.perf_counter() - started
 
     def run(self, key: Hashable, *arguments: PyTree) -> Any:

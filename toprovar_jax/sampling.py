@@ -58,8 +58,8 @@ def exponential_draws(
     One generator serves all scales: its code takes long to compile, and each scale's step would have its own.
     """
     sizes = [grid.size for grid in schedule]
-    scales = np.repeat(np.arange(len(sizes)), sizes)
-    tokens = np.concatenate([np.arange(size) for size in sizes])
+    scales = jnp.asarray(np.repeat(np.arange(len(sizes)), sizes))
+    tokens = jnp.asarray(np.concatenate([np.arange(size) for size in sizes]))
 
     def draw(scale: Int[Array, ""], token: Int[Array, ""]) -> Float[Array, "bits 2"]:
         token_key = jax.random.fold_in(jax.random.fold_in(key, scale), token)
