@@ -19,16 +19,18 @@ from bench.scenes import (
     stages,
     tokenizer,
     train_detector,
+    train_text,
     train_transformer,
     train_vae,
     training,
     weights,
+    world,
 )
 from bench.scenes.detector import DetectorOutput
 from bench.scenes.training import StageConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize, sum_codes
-from toprovar_jax.models.infinity import attend_scale_by_scale
+from toprovar_jax.models.infinity import Infinity, attend_scale_by_scale
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.schedule import Grid
 
@@ -172,10 +174,10 @@ def test_the_transformer_does_not_train_before_the_tokenizer_passed(tmp_path):
     atlas = render.Atlas(*(jax.ShapeDtypeStruct((1,), jnp.uint8) for _ in range(3)))
     stage = stages.define_stage("transformer", config, tmp_path, atlas)
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
-        stages.load_constants("transformer", tmp_path, stage)
+        stages.load_constants("transformer", config, tmp_path, stage)
     (tmp_path / "vae.json").write_text('{"passed": false}')
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
-        stages.load_constants("transformer", tmp_path, stage)
+        stages.load_constants("transformer", config, tmp_path, stage)
 
 
 def test_the_command_wants_seconds_for_every_stage(tmp_path):
@@ -186,14 +188,17 @@ def test_the_command_wants_seconds_for_every_stage(tmp_path):
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown stage 'gan': choose from detector, vae, prefix, transformer"):
+    with pytest.raises(
+        InputError, match="unknown stage 'gan': choose from detector, vae, text, prefix, transformer"
+    ):
         stages.define_stage("gan", training.load_config(CONFIGS / "tiny.json"), tmp_path, None)
 
 
 def test_the_embedded_model_fits_what_may_ship():
     config = training.load_config(CONFIGS / "embedded.json")
     trees = [
-        train_transformer.skeletons(config, "bfloat16"),
+        train_text.skeletons(config, "bfloat16")["text_encoder"],
+        abstract_parameters(Infinity, config.model.transformer, "bfloat16"),
         abstract_parameters(BSQVAE, config.model.vae, "bfloat16"),
     ]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
@@ -298,12 +303,53 @@ def test_dropped_captions_do_not_matter():
     schedule = train_vae.schedule_of(config)[:3]
     parameters = jax.tree.map(jnp.asarray, train_transformer.initial_parameters(config))
     pairs = train_transformer.SelfCorrection(inputs=[jnp.zeros((2, *grid, 8)) for grid in schedule[1:]], labels=[])
-    tokens = dataset.encode_captions(["a red car", "a blue dog"])
+    text = jax.tree.map(jnp.asarray, train_text.initial_parameters(config)["text_encoder"])
+    features, mask = train_text.encode(config, text, dataset.encode_captions(["a red car", "a blue dog"]))
 
     def logits(dropout: float):
         settings = dataclasses.replace(config, caption_dropout=dropout)
-        return train_transformer.caption_logits(settings, parameters, tokens, pairs, schedule, jax.random.key(0))
+        return train_transformer.caption_logits(
+            settings, parameters, features, mask, pairs, schedule, jax.random.key(0)
+        )
 
     dropped, kept = logits(1.0), logits(0.0)
     np.testing.assert_allclose(dropped[0], dropped[1], atol=1e-5)
     assert float(jnp.abs(kept[0] - kept[1]).max()) > 1e-3
+
+
+def true_answers(scenes: dataset.SceneBatch) -> train_text.ObjectAnswers:
+    """What a perfect probe would say of two objects, the first left of the second."""
+    color = 20.0 * jax.nn.one_hot(scenes.color + 1, 11)
+    return train_text.ObjectAnswers(color, 20.0 * jax.nn.one_hot(jnp.array([[0, 1, 0, 0]]), 4))
+
+
+def two_objects(caption: str) -> dataset.SceneBatch:
+    left, right = world.SceneObject("apple", "red"), world.SceneObject("car", "blue")
+    scene = world.Scene("position", (left, right), "night sky", relation="left of")
+    return dataset.pack([(scene, [world.Placement(-0.5, 0.1, 0.3, 0), world.Placement(0.5, 0, 0.3, 0)], caption)])
+
+
+def test_answers_are_wrong_about_colours_and_about_sides_that_the_caption_tells():
+    scenes = two_objects("a red apple left of a blue car")
+    truth = true_answers(scenes)
+    assert train_text.answer_loss(truth, scenes)[0] < 1e-3
+    no_red = train_text.answer_loss(truth._replace(color=jnp.roll(truth.color, 1, -1)), scenes)
+    assert no_red[0] > 10
+    assert (no_red[1]["color_accuracy"], no_red[1]["side_accuracy"]) == (0, 1)
+    swapped = truth._replace(side=truth.side[:, jnp.array([1, 0, 2, 3])])
+    assert train_text.answer_loss(swapped, scenes)[0] > 5
+    assert train_text.answer_loss(swapped, two_objects("a red apple and a blue car"))[0] < 1e-3
+
+
+def test_a_fresh_text_encoder_already_hears_the_order_of_words():
+    config = training.load_config(CONFIGS / "embedded.json")
+    text = jax.tree.map(jnp.asarray, train_text.initial_parameters(config)["text_encoder"])
+    captions = ["a red apple left of a blue car", "a blue apple left of a red car"]
+    (first, second), _ = train_text.encode(
+        dataclasses.replace(config, dtype="float32"), text, dataset.encode_captions(captions)
+    )
+    apple = 2
+    similarity = (
+        jnp.vdot(first[apple], second[apple]) / jnp.linalg.norm(first[apple]) / jnp.linalg.norm(second[apple])
+    )
+    assert similarity < 0.95

@@ -19,6 +19,7 @@ from bench.scenes import (
     score,
     tokenizer,
     train_detector,
+    train_text,
     train_transformer,
     train_vae,
     training,
@@ -29,9 +30,10 @@ from toprovar_jax import checkpoint
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import Manifest
 from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize
+from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
 
-STAGES = ("detector", "vae", "prefix", "transformer")
+STAGES = ("detector", "vae", "text", "prefix", "transformer")
 GATE = 0.95  # share of the objects found in the originals that must be found in the reconstructions
 _STORED_DTYPE = "bfloat16"
 _BATCH = 32
@@ -84,20 +86,30 @@ def define_stage(name: str, config: TrainingConfig, workdir: pathlib.Path, atlas
             workdir / "vae.safetensors",
             lambda: training.fresh_parameters(vae_stored, seed=0),
         )
+    text_stored = train_text.skeletons(config, _STORED_DTYPE)
+    if name == "text":
+        return Stage(
+            config.text,
+            train_text.make_loss(config),
+            (),
+            text_stored,
+            workdir / "text.safetensors",
+            lambda: train_text.initial_parameters(config),
+        )
     if name in ("prefix", "transformer"):
         scales = config.prefix_scales if name == "prefix" else len(train_vae.schedule_of(config))
         return Stage(
             config.prefix if name == "prefix" else config.transformer,
             train_transformer.make_loss(config, scales),
-            train_transformer.TransformerConstants(atlas, vae_stored),
-            train_transformer.skeletons(config, _STORED_DTYPE),
+            train_transformer.TransformerConstants(atlas, vae_stored, text_stored["text_encoder"]),
+            abstract_parameters(Infinity, config.model.transformer, _STORED_DTYPE),
             workdir / "transformer.safetensors",
             lambda: train_transformer.initial_parameters(config),
         )
     raise InputError(f"unknown stage {name!r}: choose from {', '.join(STAGES)}")
 
 
-def load_constants(name: str, workdir: pathlib.Path, stage: Stage) -> PyTree:
+def load_constants(name: str, config: TrainingConfig, workdir: pathlib.Path, stage: Stage) -> PyTree:
     """The frozen arrays of a stage, from what earlier stages left.
 
     Raises:
@@ -110,9 +122,16 @@ def load_constants(name: str, workdir: pathlib.Path, stage: Stage) -> PyTree:
         gate = workdir / "vae.json"
         if not gate.exists() or not json.loads(gate.read_text())["passed"]:
             raise InputError(f"no tokenizer passed its gate ({gate}): train the vae stage first, or longer")
-        path = workdir / "vae.safetensors"
-        return stage.constants._replace(vae=weights.load_parameters(path, stage.constants.vae))
+        return stage.constants._replace(
+            vae=weights.load_parameters(workdir / "vae.safetensors", stage.constants.vae),
+            text_encoder=_load_text_encoder(config, workdir),
+        )
     return stage.constants
+
+
+def _load_text_encoder(config: TrainingConfig, workdir: pathlib.Path) -> Parameters:
+    stored = train_text.skeletons(config, _STORED_DTYPE)
+    return weights.load_parameters(workdir / "text.safetensors", stored)["text_encoder"]
 
 
 def compile_step(stage: Stage, scenes: dataset.SceneBatch) -> training.Step:
@@ -165,8 +184,8 @@ def export_checkpoint(
       InputError: weights are missing, or the folder exists.
       ValueError: the weights are of another configuration.
     """
-    trained = weights.load_parameters(
-        workdir / "transformer.safetensors", train_transformer.skeletons(config, _STORED_DTYPE)
+    transformer = weights.load_parameters(
+        workdir / "transformer.safetensors", abstract_parameters(Infinity, config.model.transformer, _STORED_DTYPE)
     )
     vae = weights.load_parameters(
         workdir / "vae.safetensors", abstract_parameters(BSQVAE, config.model.vae, _STORED_DTYPE)
@@ -174,7 +193,7 @@ def export_checkpoint(
     return checkpoint.save(
         out,
         config.model,
-        {"transformer": trained["transformer"], "vae": vae, "text_encoder": trained["text_encoder"]},
+        {"transformer": transformer, "vae": vae, "text_encoder": _load_text_encoder(config, workdir)},
         dtype=_STORED_DTYPE,
         tokenizer=tokenizer.build_tokenizer().to_str(),
         overwrite=overwrite,

@@ -1,15 +1,16 @@
 """Trains the embedded model, in chunks that resume from weights alone.
 
-    python -m bench.scenes.train --workdir .checkpoints/scenes --stages detector,vae,prefix,transformer \
-      --seconds 80,180,120,240
+    python -m bench.scenes.train --workdir .checkpoints/scenes --stages detector,vae,text,prefix,transformer \
+      --seconds 80,180,60,120,240
 
 Needs the sprite pack (`python -m bench.scenes.sprites`) and, for more than a rehearsal, a GPU; several GPUs share
 the scenes of every step. Every stage starts from its weights in the working folder where there are some, trains
 for its seconds, and writes its averaged weights, a line of log.jsonl now and then, and what it measured. The
 optimiser starts anew in every chunk.
 
-Stages: detector; vae, which measures reconstructions with the detector; prefix, the transformer on its first
-scales; transformer, on all of them. The last two need a tokenizer that passed its gate.
+Stages: detector; vae, which measures reconstructions with the detector; text, the text encoder; prefix, the
+transformer on its first scales; transformer, on all of them. The last two need a text encoder and a tokenizer that
+passed its gate.
 """
 
 import concurrent.futures
@@ -62,7 +63,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         steps = [executor.submit(compile_step, stage, scenes) for stage in stages]
         for name, stage, step, budget in zip(names, stages, steps, seconds, strict=True):
-            constants = load_constants(name, workdir, stage)
+            constants = load_constants(name, config, workdir, stage)
             resumed = stage.path.exists()
             parameters = weights.load_parameters(stage.path, stage.stored) if resumed else stage.fresh()
             compiled = step.result()

@@ -1,4 +1,4 @@
-"""Training of the transformer and its text encoder: bits of every scale, given coarser ones with mistakes."""
+"""Training of the transformer: bits of every scale, given the caption and coarser scales with mistakes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key
+from jaxtyping import Array, Bool, Float, Key
 
-from bench.scenes import render
+from bench.scenes import render, train_text
 from bench.scenes.dataset import SceneBatch
 from bench.scenes.train_detector import cast_like
 from bench.scenes.train_vae import schedule_of
@@ -17,7 +17,6 @@ from bench.scenes.training import Loss, TrainingConfig, fresh_parameters
 from toprovar_jax.models.bsq_vae import BSQVAE, SelfCorrection, self_correction_inputs
 from toprovar_jax.models.infinity import Attend, Infinity, KeyValue
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
-from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.schedule import ScaleSchedule, rope_grid
 
 _KEY_ALIGNMENT = 8  # cuDNN's attention wants lengths that are multiples of this
@@ -29,17 +28,17 @@ class TransformerConstants(NamedTuple):
 
     atlas: render.Atlas
     vae: Parameters
+    text_encoder: Parameters
 
 
 def initial_parameters(config: TrainingConfig) -> Parameters:
-    """Fresh parameters of the transformer and the text encoder, under "transformer" and "text_encoder".
+    """Fresh parameters.
 
     Gates start open, residual branches small, and what is added to the tokens or read as text at comparable size.
     """
-    text_config = config.model.text_encoder
-    assert text_config is not None  # a run trains one
-    fresh = fresh_parameters(skeletons(config, "float32"), seed=0)
-    transformer, text_encoder = fresh["transformer"], fresh["text_encoder"]
+    transformer: Parameters = fresh_parameters(
+        abstract_parameters(Infinity, config.model.transformer, "float32"), seed=0
+    )
     branch = (2 * config.model.transformer.depth) ** -0.5
     for block in transformer["blocks"].values():
         block["modulation"][:2] += 0.5
@@ -51,21 +50,7 @@ def initial_parameters(config: TrainingConfig) -> Parameters:
     transformer["text_pool"]["query"] *= 5
     transformer["level_embedding"] *= 5
     transformer["unconditional_features"] *= 50
-    text_encoder["token_embedding"] *= 50
-    for block in text_encoder["blocks"].values():
-        # T5 does not scale its logits.
-        block["attention"]["query"]["kernel"] *= text_config.head_dim**-0.5
-        block["attention"]["output"]["kernel"] *= 0.5
-        block["mlp"]["down"]["kernel"] *= 0.5
-    return fresh
-
-
-def skeletons(config: TrainingConfig, dtype: str) -> dict[str, Parameters]:
-    """Shapes and dtypes of the parameters that this stage trains."""
-    return {
-        "transformer": abstract_parameters(Infinity, config.model.transformer, dtype),
-        "text_encoder": abstract_parameters(T5Encoder, config.model.text_encoder, dtype),
-    }
+    return transformer
 
 
 def make_loss(config: TrainingConfig, num_scales: int) -> Callable[[TransformerConstants], Loss]:
@@ -84,7 +69,8 @@ def make_loss(config: TrainingConfig, num_scales: int) -> Callable[[TransformerC
         ) -> tuple[Array, dict[str, Array]]:
             flip_key, drop_key = jax.random.split(key)
             pairs = teaching_pairs(config, constants, scenes, flip_key)
-            logits = caption_logits(config, parameters, scenes.tokens, pairs, trained, drop_key)
+            features, mask = train_text.encode(config, constants.text_encoder, scenes.tokens)
+            logits = caption_logits(config, parameters, features, mask, pairs, trained, drop_key)
             labels = _flatten_scales(pairs.labels[:num_scales]).astype(jnp.float32)
             per_token = jax.nn.softplus(logits * (1 - 2 * labels)).mean((0, 2))
             right = ((logits > 0) == (labels > 0)).mean((0, 2))
@@ -118,21 +104,18 @@ def teaching_pairs(
 def caption_logits(
     config: TrainingConfig,
     parameters: Parameters,
-    tokens: Integer[Array | np.ndarray, "batch text_tokens"],
+    features: Float[Array, "batch text_tokens channels"],
+    mask: Bool[Array, "batch text_tokens"],
     pairs: SelfCorrection,
     schedule: ScaleSchedule,
     drop_key: Key[Array, ""],
 ) -> Float[Array, "batch tokens bits"]:
     """How much more likely 1 is than 0, as a difference of logits, for every bit; some captions are dropped."""
     model = config.model
-    cast = cast_like(parameters, skeletons(config, config.dtype))
-    transformer = bind(Infinity, model.transformer, config.dtype, cast["transformer"])
-    text_encoder = bind(T5Encoder, model.text_encoder, config.dtype, cast["text_encoder"])
-    tokens = jnp.asarray(tokens, jnp.int32)
-    mask = tokens != 0
-    features = text_encoder(tokens, mask)
-    dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (tokens.shape[0], 1, 1))
-    features = jnp.where(dropped, transformer.unconditional_text(tokens.shape[1]), features)
+    cast = cast_like(parameters, abstract_parameters(Infinity, model.transformer, config.dtype))
+    transformer = bind(Infinity, model.transformer, config.dtype, cast)
+    dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (features.shape[0], 1, 1))
+    features = jnp.where(dropped, transformer.unconditional_text(features.shape[1]), features)
 
     def forward(transformer_parameters: Parameters, codes: Array, features: Array) -> Array:
         network = bind(Infinity, model.transformer, config.dtype, transformer_parameters)
@@ -147,7 +130,7 @@ def caption_logits(
     # Products are kept for the backward pass; the cheap steps between them are done again.
     forward = jax.checkpoint(forward, policy=_keep_products)
     codes = _flatten_scales(pairs.inputs[: len(schedule) - 1])
-    logits = forward(cast["transformer"], codes, features)
+    logits = forward(cast, codes, features)
     logits = logits.reshape(*logits.shape[:2], -1, 2)
     return logits[..., 1] - logits[..., 0]
 

@@ -56,6 +56,7 @@ class TrainingConfig:
       num_scenes: different scenes that one chunk draws from.
       detector: the detector's stage.
       vae: the tokenizer's stage.
+      text: the text encoder's stage.
       prefix: the transformer's first stage, on the scales up to `prefix_scales` only.
       transformer: the transformer's main stage, on all scales.
       prefix_scales: scales of the prefix stage.
@@ -70,6 +71,7 @@ class TrainingConfig:
     num_scenes: int
     detector: StageConfig
     vae: StageConfig
+    text: StageConfig
     prefix: StageConfig
     transformer: StageConfig
     prefix_scales: int
@@ -82,7 +84,7 @@ class TrainingConfig:
 def load_config(path: pathlib.Path) -> TrainingConfig:
     """Reads a training run's JSON file."""
     data: dict[str, Any] = json.loads(path.read_text())
-    for name in ("detector", "vae", "prefix", "transformer"):
+    for name in ("detector", "vae", "text", "prefix", "transformer"):
         data[name] = StageConfig(**data[name])
     data["model"] = CheckpointConfig.from_json(data["model"])
     return TrainingConfig(**data)
