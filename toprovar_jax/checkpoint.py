@@ -48,7 +48,7 @@ DTYPES = ("float32", "bfloat16")
 TOKENIZER_NAME = "tokenizer.json"
 
 _WRITE_BATCH_BYTES = 256 * 2**20
-_DATA_FILE_BYTES = 256 * 2**20
+_DATA_FILE_BYTES = 8 * 2**20  # public repositories take no large files
 _READ_CONCURRENT_GB = 2
 
 
@@ -219,10 +219,7 @@ def _check_space(target: Path, skeletons: Mapping[Component, Parameters]) -> Non
 
 
 class _BatchedNumpyHandler(type_handlers.NumpyHandler):
-    """Writes arrays one batch after the other, without copying them all first as orbax does."""
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
+    """Writes arrays one batch after the other, where orbax would copy them all first."""
 
     async def serialize(
         self,
