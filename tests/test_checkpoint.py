@@ -118,6 +118,15 @@ def test_jax_arrays_and_views_can_be_saved(tmp_path):
     assert_loads(tmp_path / "out", "float32", parameters)
 
 
+def test_data_are_cut_into_files_that_a_repository_takes(tmp_path):
+    transformer = dataclasses.replace(CONFIG.transformer, embed_dim=256, mlp_dim=2048, depth=4)
+    config = dataclasses.replace(WITHOUT_TEXT, transformer=transformer)
+    manifest = checkpoint.save(tmp_path / "out", config, random_parameters(config), dtype="float32")
+    sizes = [file.size for file in manifest.files]
+    assert sum(sizes) > 20 * 2**20
+    assert max(sizes) < 15 * 2**20
+
+
 def test_paths_name_list_items_by_number():
     tree = {"blocks": {0: {"kernel": 1}, 10: {"kernel": 2}}, "scale": 3}
     assert checkpoint.flatten(tree) == {"blocks/0/kernel": 1, "blocks/10/kernel": 2, "scale": 3}

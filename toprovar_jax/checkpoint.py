@@ -48,7 +48,7 @@ DTYPES = ("float32", "bfloat16")
 TOKENIZER_NAME = "tokenizer.json"
 
 _WRITE_BATCH_BYTES = 256 * 2**20
-_DATA_FILE_BYTES = 8 * 2**20  # public repositories take no large files
+_DATA_FILE_BYTES = 8 * 2**20  # a file holds this and up to one more array: repositories want small files
 _READ_CONCURRENT_GB = 2
 
 
