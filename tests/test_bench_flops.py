@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import flops
+from bench.flop_counter import Counter, countable, counted_flops
+from bench.flops import TOLERANCE, examples
 from bench.full_size import full_size_config
 from pallas_kernels import flash_attention_entropy
 from toprovar_jax.pruning.plan import Plan, ScalePlan
@@ -23,7 +24,7 @@ def sliced_counter(model, dtype="bfloat16"):
     """Counts four blocks of a release on its first seven scales."""
     config = full_size_config(model)
     transformer = dataclasses.replace(config.transformer, depth=4, num_chunks=1)
-    return flops.Counter(dataclasses.replace(config, transformer=transformer), dtype, SCHEDULE)
+    return Counter(dataclasses.replace(config, transformer=transformer), dtype, SCHEDULE)
 
 
 def floats(*shape):
@@ -32,7 +33,7 @@ def floats(*shape):
 
 def test_a_product_by_hand():
     lowered = jax.jit(jnp.matmul).lower(floats(4, 5), floats(5, 6))
-    assert flops.counted_flops(lowered) == flops.counted_flops(lowered.compile()) == 2 * 4 * 5 * 6
+    assert counted_flops(lowered) == counted_flops(lowered.compile()) == 2 * 4 * 5 * 6
 
 
 def test_attention_by_hand():
@@ -41,28 +42,28 @@ def test_attention_by_hand():
         return attend.lower(floats(2, 300, 3, 64), floats(2, 6000, 3, 64), floats(2, 6000, 3, 64))
 
     products = 2 * 2 * (2 * 3 * 300 * 5000 * 64)
-    with_loop = flops.counted_flops(lower())
-    with flops.countable():
-        assert flops.counted_flops(lower()) == pytest.approx(products, rel=0.05)
+    with_loop = counted_flops(lower())
+    with countable():
+        assert counted_flops(lower()) == pytest.approx(products, rel=0.05)
     # What the counter is for: the body of a loop over keys is counted once.
-    assert flops.counted_flops(lower()) == with_loop < 0.6 * products
+    assert counted_flops(lower()) == with_loop < 0.6 * products
 
 
 @pytest.mark.parametrize("scale", [0, 5])
 def test_the_compiled_program_counts_as_the_lowered_one(scale):
     dense = Plan.dense(SCHEDULE, 4)
-    with flops.countable():
+    with countable():
         programs, recipes = sliced_counter("infinity_2b", "float32").programs(Fixed(dense))
         lowered = recipes[programs.scales[dense][scale].run]().lower()
-        compiled = flops.counted_flops(lowered.compile())
-    assert compiled == pytest.approx(flops.counted_flops(lowered), rel=0.01)
+        compiled = counted_flops(lowered.compile())
+    assert compiled == pytest.approx(counted_flops(lowered), rel=0.01)
 
 
 @pytest.mark.parametrize("model", ["infinity_2b", "infinity_8b"])
 def test_the_formula_is_what_xla_counts(model):
     counter = sliced_counter(model)
-    with flops.countable():
-        for name, policy in flops.examples(depth=4).items():
+    with countable():
+        for name, policy in examples(depth=4).items():
             plan = policy.plans(SCHEDULE, 4)[0]
             counts = counter.count(policy, plan)
             assert tuple(counts) == plan.executed_scales
@@ -78,7 +79,7 @@ def test_what_is_left_out_is_not_counted():
     scales[6] = ScalePlan((256, 24, 24, 24), guided=False)
     plan = Plan(SCHEDULE, 4, tuple(scales), "entropy", restore_scale=3)
     counter = sliced_counter("infinity_2b")
-    with flops.countable():
+    with countable():
         everything = counter.count(Dense(), Plan.dense(SCHEDULE, 4))
         rest = counter.count(Fixed(plan), plan)
     assert [everything[scale] == rest[scale] for scale in (0, 1, 2, 4)] == [True] * 4
@@ -101,11 +102,11 @@ def test_the_command_prints_and_writes_every_policy(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     written = json.loads((tmp_path / "flops_infinity_layer12.json").read_text())
     policies = written["policies"]
-    assert list(policies) == list(flops.examples(depth=12))
+    assert list(policies) == list(examples(depth=12))
     assert run.stdout.count("XLA TFLOP") == run.stdout.count("\ntotal ") == len(policies)
     assert policies["dense"]["of_dense"] == 1
     for name, found in policies.items():
         total, scales = found["total"], found["scales"].values()
         assert total["xla_flops"] == pytest.approx(sum(scale["xla_flops"] for scale in scales))
-        assert total["xla_flops"] == pytest.approx(total["formula_flops"], rel=flops.TOLERANCE)
+        assert total["xla_flops"] == pytest.approx(total["formula_flops"], rel=TOLERANCE)
         assert found["of_dense"] < 1 or name == "dense"
