@@ -174,10 +174,10 @@ def test_the_transformer_does_not_train_before_the_tokenizer_passed(tmp_path):
     atlas = render.Atlas(*(jax.ShapeDtypeStruct((1,), jnp.uint8) for _ in range(3)))
     stage = stages.define_stage("transformer", config, tmp_path, atlas)
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
-        stages.load_constants("transformer", config, tmp_path, stage)
+        stages.load_constants("transformer", tmp_path, stage)
     (tmp_path / "vae.json").write_text('{"passed": false}')
     with pytest.raises(InputError, match="no tokenizer passed its gate"):
-        stages.load_constants("transformer", config, tmp_path, stage)
+        stages.load_constants("transformer", tmp_path, stage)
 
 
 def test_the_command_wants_seconds_for_every_stage(tmp_path):

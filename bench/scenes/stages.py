@@ -30,7 +30,6 @@ from toprovar_jax import checkpoint
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import Manifest
 from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize
-from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
 
 STAGES = ("detector", "vae", "text", "prefix", "transformer")
@@ -67,7 +66,7 @@ def define_stage(name: str, config: TrainingConfig, workdir: pathlib.Path, atlas
       InputError: there is no such stage.
     """
     detector_stored = abstract_parameters(detector.Detector, detector.CONFIG, _STORED_DTYPE)
-    vae_stored = abstract_parameters(BSQVAE, config.model.vae, _STORED_DTYPE)
+    stored = _skeletons(config)
     if name == "detector":
         return Stage(
             config.detector,
@@ -82,17 +81,16 @@ def define_stage(name: str, config: TrainingConfig, workdir: pathlib.Path, atlas
             config.vae,
             train_vae.make_loss(config),
             train_vae.VAEConstants(atlas, detector_stored),
-            vae_stored,
+            stored["vae"],
             workdir / "vae.safetensors",
-            lambda: training.fresh_parameters(vae_stored, seed=0),
+            lambda: training.fresh_parameters(stored["vae"], seed=0),
         )
-    text_stored = train_text.skeletons(config, _STORED_DTYPE)
     if name == "text":
         return Stage(
             config.text,
             train_text.make_loss(config),
             (),
-            text_stored,
+            train_text.skeletons(config, _STORED_DTYPE),
             workdir / "text.safetensors",
             lambda: train_text.initial_parameters(config),
         )
@@ -101,15 +99,15 @@ def define_stage(name: str, config: TrainingConfig, workdir: pathlib.Path, atlas
         return Stage(
             config.prefix if name == "prefix" else config.transformer,
             train_transformer.make_loss(config, scales),
-            train_transformer.TransformerConstants(atlas, vae_stored, text_stored["text_encoder"]),
-            abstract_parameters(Infinity, config.model.transformer, _STORED_DTYPE),
+            train_transformer.TransformerConstants(atlas, stored["vae"], stored["text_encoder"]),
+            stored["transformer"],
             workdir / "transformer.safetensors",
             lambda: train_transformer.initial_parameters(config),
         )
     raise InputError(f"unknown stage {name!r}: choose from {', '.join(STAGES)}")
 
 
-def load_constants(name: str, config: TrainingConfig, workdir: pathlib.Path, stage: Stage) -> PyTree:
+def load_constants(name: str, workdir: pathlib.Path, stage: Stage) -> PyTree:
     """The frozen arrays of a stage, from what earlier stages left.
 
     Raises:
@@ -124,14 +122,11 @@ def load_constants(name: str, config: TrainingConfig, workdir: pathlib.Path, sta
             raise InputError(f"no tokenizer passed its gate ({gate}): train the vae stage first, or longer")
         return stage.constants._replace(
             vae=weights.load_parameters(workdir / "vae.safetensors", stage.constants.vae),
-            text_encoder=_load_text_encoder(config, workdir),
+            text_encoder=weights.load_parameters(
+                workdir / "text_encoder.safetensors", stage.constants.text_encoder
+            ),
         )
     return stage.constants
-
-
-def _load_text_encoder(config: TrainingConfig, workdir: pathlib.Path) -> Parameters:
-    stored = train_text.skeletons(config, _STORED_DTYPE)
-    return weights.load_parameters(workdir / "text.safetensors", stored)["text_encoder"]
 
 
 def compile_step(stage: Stage, scenes: dataset.SceneBatch) -> training.Step:
@@ -184,17 +179,30 @@ def export_checkpoint(
       InputError: weights are missing, or the folder exists.
       ValueError: the weights are of another configuration.
     """
-    transformer = weights.load_parameters(
-        workdir / "transformer.safetensors", abstract_parameters(Infinity, config.model.transformer, _STORED_DTYPE)
-    )
-    vae = weights.load_parameters(
-        workdir / "vae.safetensors", abstract_parameters(BSQVAE, config.model.vae, _STORED_DTYPE)
-    )
+    skeletons = _skeletons(config)
+    parameters = {
+        name: weights.load_parameters(workdir / f"{name}.safetensors", skeletons[name]) for name in skeletons
+    }
     return checkpoint.save(
         out,
         config.model,
-        {"transformer": transformer, "vae": vae, "text_encoder": _load_text_encoder(config, workdir)},
+        parameters,
         dtype=_STORED_DTYPE,
         tokenizer=tokenizer.build_tokenizer().to_str(),
         overwrite=overwrite,
     )
+
+
+def import_checkpoint(folder: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Writes what a run continues from, out of an earlier run's checkpoint; its tokenizer passed the gate then.
+
+    Raises:
+      CheckpointError: the folder holds no checkpoint, or an altered one.
+    """
+    for name in checkpoint.COMPONENTS:
+        weights.save_parameters(workdir / f"{name}.safetensors", checkpoint.load_parameters(folder, name))
+    (workdir / "vae.json").write_text('{"passed": true}\n')
+
+
+def _skeletons(config: TrainingConfig) -> dict[checkpoint.Component, Parameters]:
+    return {name: checkpoint.skeleton(config.model, name, _STORED_DTYPE) for name in checkpoint.COMPONENTS}

@@ -21,7 +21,14 @@ import jax
 from absl import flags
 
 from bench.scenes import dataset, detector, render, score, sprites, train_detector, training, weights
-from bench.scenes.stages import STAGES, compile_step, define_stage, load_constants, measure_vae
+from bench.scenes.stages import (
+    STAGES,
+    compile_step,
+    define_stage,
+    import_checkpoint,
+    load_constants,
+    measure_vae,
+)
 from bench.scenes.training import Log
 from toprovar_jax import command_line
 from toprovar_jax.errors import InputError
@@ -29,6 +36,7 @@ from toprovar_jax.errors import InputError
 _CONFIG = flags.DEFINE_string("config", str(training.EMBEDDED_CONFIG), "The run's JSON file.")
 _WORKDIR = flags.DEFINE_string("workdir", ".checkpoints/scenes", "Folder of weights and log.")
 _STAGES = flags.DEFINE_list("stages", None, f"What to train, in order: {', '.join(STAGES)}.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Start from this checkpoint of an earlier run.")
 _SECONDS = flags.DEFINE_list("seconds", None, "Training time of each stage.", required=True)
 _DECAY = flags.DEFINE_float(
     "decay",
@@ -46,6 +54,8 @@ def main() -> None:
     config = training.load_config(pathlib.Path(_CONFIG.value))
     workdir = pathlib.Path(_WORKDIR.value)
     log = Log(workdir / "log.jsonl")
+    if _CHECKPOINT.value is not None:
+        import_checkpoint(pathlib.Path(_CHECKPOINT.value), workdir)
     log(
         "start",
         stages=names,
@@ -63,7 +73,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         steps = [executor.submit(compile_step, stage, scenes) for stage in stages]
         for name, stage, step, budget in zip(names, stages, steps, seconds, strict=True):
-            constants = load_constants(name, config, workdir, stage)
+            constants = load_constants(name, workdir, stage)
             resumed = stage.path.exists()
             parameters = weights.load_parameters(stage.path, stage.stored) if resumed else stage.fresh()
             compiled = step.result()
@@ -88,6 +98,8 @@ def main() -> None:
             if name == "detector":
                 table = score.measure_detector(detector.load_weights(stage.path), atlas)
                 log("detector measured", **{task: value.mean for task, value in table.items()})
+            if name == "text":
+                weights.save_parameters(workdir / "text_encoder.safetensors", kept["text_encoder"])
             if name == "vae":
                 measure_vae(config, workdir, kept, atlas, log)
 
