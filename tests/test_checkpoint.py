@@ -23,6 +23,7 @@ CONFIG = CheckpointConfig(
     vae=VAEConfig(code_dim=4, base_channels=32, channel_multipliers=(1, 2), num_residual_blocks=1),
     text_encoder=T5Config(vocab_size=32, embed_dim=128, num_layers=1, num_heads=2, head_dim=8, mlp_dim=16),
     defaults=GenerationDefaults(guidance_scale=3.0, pixels="0.06M"),
+    knows="red cats",
 )
 WITHOUT_TEXT = dataclasses.replace(CONFIG, text_encoder=None)
 TOKENIZER = '{"not read here": "é"}'

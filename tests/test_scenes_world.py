@@ -118,6 +118,15 @@ def test_captions_are_true_and_grammatical(training_scenes):
             assert any(phrase in text for phrase in captions._RELATION_PHRASES[scene.relation])
 
 
+def test_the_summary_names_everything_in_one_line():
+    words = set(re.findall(r"[a-z]+", captions.summary()))
+    named = [*world.NOUNS, *world.COLORS, *world.RELATIONS, *world.PALE_COLORS, *world.BACKGROUNDS, "one", "four"]
+    assert {word for phrase in named for word in phrase.split()} <= words
+    # What it adds of its own.
+    assert words - set(captions.vocabulary()) <= {"or", "their", "own", "colours", "kind", "kinds", "another"}
+    assert "\n" not in captions.summary()
+
+
 def test_captions_vary_in_phrasing():
     scene = Scene("position", (SceneObject("apple"), SceneObject("car")), "wooden table", relation="left of")
     generator = random.Random(4)

@@ -74,6 +74,33 @@ def test_a_prompt_of_exactly_the_limit_is_left_whole(tokenizer):
     np.testing.assert_array_equal(batch.tokens, [[*_letters("a" * 510), END]])
 
 
+def _word_tokenizer(knows):
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "cat", "red"])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    return text.Tokenizer(tokenizer.to_str(), knows)
+
+
+def test_words_outside_a_small_vocabulary_are_answered_with_what_the_model_knows():
+    tokenizer = _word_tokenizer("red cats")
+    with pytest.warns(
+        UserWarning, match=r"the model does not know 'Dragon', 'blue'; it knows red cats$"
+    ) as caught:
+        batch = tokenizer.encode(["red Dragon", "blue cat", "Dragon"])
+    assert len(caught) == 1
+    np.testing.assert_array_equal(batch.tokens[:, :3], [[4, UNKNOWN, END], [UNKNOWN, 3, END], [UNKNOWN, END, PAD]])
+
+
+def test_known_words_and_tokenizers_of_any_text_get_no_such_answer(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _word_tokenizer("red cats").encode(["Red cat", "red"])
+        _word_tokenizer(None).encode(["dragon"])
+        assert UNKNOWN in tokenizer.encode(["café 猫"]).tokens
+
+
 @pytest.mark.parametrize("prompt", ["", " \t\n"])
 def test_empty_prompt_is_refused(tokenizer, prompt):
     with pytest.raises(InputError, match="the prompt is empty: describe the image in at least one word"):

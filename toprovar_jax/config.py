@@ -171,12 +171,22 @@ class GenerationDefaults:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Everything that a checkpoint folder's manifest says about its models."""
+    """Everything that a checkpoint folder's manifest says about its models.
+
+    Attributes:
+      transformer: the Infinity transformer.
+      vae: its bitwise tokenizer.
+      text_encoder: what encodes prompts; None where text features have to be given.
+      defaults: sampling settings.
+      knows: what prompts can ask for, in words, where the text encoder has a small vocabulary of whole words; who
+        uses others gets to see it.
+    """
 
     transformer: InfinityConfig
     vae: VAEConfig
     text_encoder: T5Config | None = None
     defaults: GenerationDefaults = GenerationDefaults()
+    knows: str | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -210,6 +220,7 @@ class CheckpointConfig:
                 vae=VAEConfig(**{**data["vae"], "channel_multipliers": tuple(data["vae"]["channel_multipliers"])}),
                 text_encoder=None if text_encoder is None else T5Config(**text_encoder),
                 defaults=GenerationDefaults(**data["defaults"]),
+                knows=data.get("knows"),
             )
         except (TypeError, KeyError) as error:
             raise ConfigError(f"the checkpoint's configuration does not fit this version: {error}") from error

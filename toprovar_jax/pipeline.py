@@ -90,7 +90,7 @@ class InfinityPipeline:
             manifest.config,
             params,
             dtype=name,
-            tokenizer=None if tokenizer is None else Tokenizer(tokenizer),
+            tokenizer=None if tokenizer is None else Tokenizer(tokenizer, manifest.config.knows),
             checkpoint_digest=manifest.digest,
         )
 

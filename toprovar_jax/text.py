@@ -24,6 +24,7 @@ MAX_TOKENS = 512
 TEXT_BUCKETS = (8, 16, 32, 64, 128, 256, MAX_TOKENS)
 
 _END_OF_SEQUENCE = "</s>"
+_UNKNOWN = "<unk>"
 
 
 def text_bucket(length: int) -> int:
@@ -60,12 +61,14 @@ class Tokenizer:
 
     Args:
       tokenizer_json: text of the tokenizer.json that is published with the text encoder.
+      knows: what prompts can ask for; where given, a word outside the vocabulary is answered with it.
 
     Raises:
       InputError: the text is no tokenizer, or one that does not end prompts the way T5 expects.
     """
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str, knows: str | None = None) -> None:
+        self._knows = knows
         remedy = "pass the tokenizer.json that is published with the text encoder"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -82,12 +85,13 @@ class Tokenizer:
         """Tokenizes prompts.
 
         A prompt of more than `max_length` tokens loses its last ones, but not the end-of-sequence token, and a
-        warning says so.
+        warning says so. So does one about words that the model does not know, where it can say what it knows.
 
         Raises:
           InputError: a prompt is empty or holds what no text has, as bytes do that are not UTF-8.
         """
         rows = []
+        unknown: dict[str, None] = {}
         for prompt in prompts:
             try:
                 prompt.encode()
@@ -95,7 +99,13 @@ class Tokenizer:
                 raise InputError(f"the prompt is no valid text ({prompt[:40]!r}): pass it in UTF-8") from error
             if not prompt.strip():
                 raise InputError("the prompt is empty: describe the image in at least one word")
-            row = self._tokenizer.encode(prompt).ids
+            encoding = self._tokenizer.encode(prompt)
+            row = encoding.ids
+            unknown |= {
+                prompt[start:end]: None
+                for (start, end), token in zip(encoding.offsets, encoding.tokens, strict=True)
+                if token == _UNKNOWN
+            }
             if len(row) > max_length:
                 warnings.warn(
                     f"the prompt has {len(row)} tokens and the text encoder reads {max_length}: its end is cut "
@@ -104,6 +114,9 @@ class Tokenizer:
                 )
                 row = row[: max_length - 1] + self._end
             rows.append(row)
+        if unknown and self._knows is not None:
+            words = ", ".join(map(repr, unknown))
+            warnings.warn(f"the model does not know {words}; it knows {self._knows}", stacklevel=2)
         lengths = np.array([len(row) for row in rows], np.int32)
         mask = np.arange(text_bucket(int(lengths.max()))) < lengths[:, None]
         tokens = np.zeros(mask.shape, np.int32)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Collection
 
 from bench.scenes import world
 from bench.scenes.world import Scene, SceneObject
@@ -70,6 +71,26 @@ def vocabulary() -> list[str]:
     phrases += [phrase for background in world.BACKGROUNDS for phrase in background_phrases(background)]
     phrases += ["a an and with next to group of"]
     return sorted({word for phrase in phrases for word in re.findall(r"[a-z]+", phrase)})
+
+
+def summary() -> str:
+    """What captions can ask for, in one line."""
+    own_colors = [noun for noun in world.NOUNS if noun not in world.TINTABLE]
+    places = [phrases[0] for phrases in _PLACES.values()]
+    return "; ".join(
+        (
+            f"{_either(world.TINTABLE)} in {_either(world.COLORS)}",
+            f"{_either(own_colors)} in their own colours",
+            f"one to {_NUMBERS[world.MAX_OBJECTS]} of a kind or two kinds, {_either(_SIZE_WORDS)}, "
+            f"{_either(world.RELATIONS)} one another",
+            f"on a {_either(world.PALE_COLORS)} background or checkered floor, {_either(places)}",
+        )
+    )
+
+
+def _either(words: Collection[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}"
 
 
 def _subject(generator: random.Random, scene: Scene) -> str:
