@@ -46,6 +46,7 @@ COMPONENTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
 DTYPES = ("float32", "bfloat16")
 
 TOKENIZER_NAME = "tokenizer.json"
+EMBEDDED = Path(__file__).parent / "embedded"  # the small trained model that comes with the package
 
 _WRITE_BATCH_BYTES = 256 * 2**20
 _DATA_FILE_BYTES = 8 * 2**20  # a file holds this and up to one more array: repositories want small files

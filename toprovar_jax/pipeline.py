@@ -15,7 +15,7 @@ from PIL import Image
 from toprovar_jax import request
 from toprovar_jax.batch import Batch
 from toprovar_jax.batch_programs import decode_pixels
-from toprovar_jax.checkpoint import dtype_name, load_parameters, load_tokenizer
+from toprovar_jax.checkpoint import EMBEDDED, dtype_name, load_parameters, load_tokenizer
 from toprovar_jax.config import CheckpointConfig, VAEConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.generation import Generator
@@ -65,11 +65,13 @@ class InfinityPipeline:
         self._generate = Generator(config, params, dtype, self.programs)
 
     @classmethod
-    def from_pretrained(cls, path: str | PathLike[str], dtype: DTypeLike | None = None) -> "InfinityPipeline":
-        """Loads a converted checkpoint and verifies every byte of it.
+    def from_pretrained(
+        cls, path: str | PathLike[str] = EMBEDDED, dtype: DTypeLike | None = None
+    ) -> "InfinityPipeline":
+        """Loads a checkpoint and verifies every byte of it.
 
         Args:
-          path: folder written by `python -m convert`.
+          path: folder written by `python -m convert`; by default the small model that comes with the package.
           dtype: float32 or bfloat16; the checkpoint's own where None.
 
         Raises:

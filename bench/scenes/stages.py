@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from PIL import Image
 
 from bench.scenes import (
+    captions,
     dataset,
     detector,
     prompts,
@@ -185,7 +186,7 @@ def export_checkpoint(
     }
     return checkpoint.save(
         out,
-        config.model,
+        dataclasses.replace(config.model, knows=captions.summary()),
         parameters,
         dtype=_STORED_DTYPE,
         tokenizer=tokenizer.build_tokenizer().to_str(),
