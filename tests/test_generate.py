@@ -83,6 +83,7 @@ def test_two_runs_write_identical_pixels_and_the_second_is_warm(folder, tmp_path
             "guidance_scale": "3.0",
             "temperature": "0.7",
             "pixels": "0.06M",
+            "policy": "dense",
             "size": "32x32",
             "dtype": "float32",
             "checkpoint": load_manifest(folder).digest,
@@ -123,6 +124,11 @@ def run_here(capsys):
             ["--prompt", "a", "--dtype", "float16"],
             "flag --dtype=float16: value should be one of <float32|bfloat16>",
         ),
+        (
+            ["--prompt", "a", "--policy", "sparse"],
+            "unknown policy 'sparse': choose one of dense, fastvar, skipvar",
+        ),
+        (["--prompt", "a", "--policy", "missing.json"], "cannot read the plan missing.json: "),
         (["a cat"], "unexpected argument 'a cat': every input is given by a flag; see --help"),
     ],
 )

@@ -13,6 +13,7 @@ from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import abstract_parameters, random_parameters
 from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.schedule import Grid
 from toprovar_jax.text import Tokenizer
 
 WORDS = ("a", "red", "blue", "cat", "dog", "and", "left", "of")
@@ -35,6 +36,8 @@ CONFIG = CheckpointConfig(
 
 # Three small grids: enough for growing, square and non-square scales.
 SCHEDULE = ((1, 1), (2, 2), (4, 3))
+# The fewest scales that every policy works on.
+SIX_SCALES = tuple(Grid(*pair) for pair in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 4), (4, 4)))
 
 
 def tokenizer_json() -> str:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from toprovar_jax import command_line
 from toprovar_jax.errors import InputError
-from toprovar_jax.output import PipelineOutput, Timings
+from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.policies import POLICIES, resolve_policy
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder written by `python -m convert`.")
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw.")
@@ -37,12 +38,15 @@ _WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, with --height, in
 _PIXELS = flags.DEFINE_string(
     "pixels", None, "Pixel budget: 0.06M, 0.25M, 0.60M or 1M; default: the checkpoint's."
 )
+_POLICY = flags.DEFINE_string("policy", "dense", f"What to prune: {', '.join(POLICIES)}, or a plan's JSON file.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.")
 
 
 def main() -> None:
     """Reads the flags, generates, writes the files and prints one line of timings per prompt."""
     prompts = _prompts()
+    # Unknown names and files that are no plans are found before anything is loaded.
+    policy = _POLICY.value if _POLICY.value in POLICIES else resolve_policy(_POLICY.value)
     if _CHECKPOINT.value is None:
         raise InputError("no checkpoint: pass --checkpoint DIR, a folder written by `python -m convert`")
     with _output_folder(Path(_OUTPUT_DIR.value)) as folder:
@@ -60,11 +64,12 @@ def main() -> None:
                     height=_HEIGHT.value,
                     width=_WIDTH.value,
                     pixels=_PIXELS.value,
+                    policy=policy,
                     callback_on_scale_end=show,
                 )
             for path in _write(output, pipe, prompt, folder, index):
                 print(path)
-            print(_timings_line(output.timings))
+            print(_timings_line(output))
 
 
 def _prompts() -> list[str]:
@@ -139,6 +144,7 @@ def _write(output: PipelineOutput, pipe: InfinityPipeline, prompt: str, folder: 
         info.add_text("seed", str(_SEED.value + i))
         for name, value in settings.items():
             info.add_text(name, str(getattr(defaults, name) if value is None else value))
+        info.add_text("policy", _POLICY.value)
         info.add_text("size", f"{image.height}x{image.width}")
         info.add_text("dtype", pipe.dtype)
         info.add_text("checkpoint", str(pipe.checkpoint_digest))
@@ -156,9 +162,10 @@ def _write(output: PipelineOutput, pipe: InfinityPipeline, prompt: str, folder: 
     return paths
 
 
-def _timings_line(timings: Timings) -> str:
+def _timings_line(output: PipelineOutput) -> str:
+    timings = output.timings
     return (
-        f"cold: compile {timings.compile:.2f} s | warm: text {timings.text:.3f} s, {len(timings.scales)} scales "
+        f"cold: compile {timings.compile:.2f} s | warm: text {timings.text:.3f} s, {len(output.bits)} scales "
         f"{sum(timings.scales):.3f} s, decode {timings.decode:.3f} s, total {timings.total:.3f} s"
     )
 
