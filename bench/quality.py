@@ -1,64 +1,107 @@
 """How good the pictures of a checkpoint are: GenEval's six tasks over the scenes' prompts.
 
     python -m bench.quality --checkpoint FOLDER
+    python -m bench.quality --checkpoint FOLDER --policies all --num_seeds 4
 
-Prints the share of right pictures per task with 95 % bootstrap intervals, beside what the detector scores on
-ground truth; writes everything as JSON, and sixteen pictures spread evenly over the prompts as a sheet.
+The first prints the share of right pictures per task with 95 % bootstrap intervals, beside what the detector
+scores on ground truth; it writes everything as JSON, and sixteen pictures spread evenly over the prompts. The
+second compares policies on the same prompts and seeds: score, likeness to the dense pictures, operations and time;
+it writes JSON and the frontier of quality and cost. Prompts with held-out pairs are left out there.
 """
 
 import dataclasses
-import json
 import pathlib
+from typing import Any
 
-import jax
 from absl import flags
+from PIL import Image
 
+from bench import policies, policy_cases, policy_rows, report
 from bench.scenes import score
 from bench.scenes.assess import assess, draw_sheet, sheet_order
-from bench.scenes.prompts import load_prompts
+from bench.scenes.prompts import Prompt, load_prompts
 from toprovar_jax import command_line
 from toprovar_jax.pipeline import InfinityPipeline
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
-_PROMPTS = flags.DEFINE_enum(
-    "prompts", "evaluation", ["evaluation", "tuning"], "Which prompts; settings are chosen on the tuning ones."
-)
-_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: the checkpoint's.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "Default: the checkpoint's.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures generated at once.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the first picture; the next ones count up.")
-_OUTPUT = flags.DEFINE_string("output", "bench/results/quality", "Path of the JSON and the PNG, without suffix.")
+from toprovar_jax.pruning.profile import load_profile
 
 
 def main() -> None:
     """Generates, scores, prints and writes."""
-    asked, truth = load_prompts(_PROMPTS.value), score.load_accuracy()
-    pipeline = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
-    settings = {"guidance_scale": _GUIDANCE_SCALE.value, "temperature": _TEMPERATURE.value}
-    pictures, right, table = assess(pipeline, asked, seed=_SEED.value, batch_size=_BATCH_SIZE.value, **settings)
-    print(score.format_table(table, truth))
-
-    output = pathlib.Path(_OUTPUT.value)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    values = flags.FLAGS
+    pipeline = InfinityPipeline.from_pretrained(values.checkpoint, values.dtype)
+    settings = {"guidance_scale": values.guidance_scale, "temperature": values.temperature}
+    asked = load_prompts(values.prompts)
+    output = pathlib.Path(values.output)
     defaults = pipeline.config.defaults
     record = {
         "checkpoint": pipeline.checkpoint_digest,
-        "prompts": _PROMPTS.value,
-        "seed": _SEED.value,
+        "prompts": values.prompts,
+        "seed": values.seed,
+        "batch_size": values.batch_size,
         "dtype": pipeline.dtype,
-        "device": jax.devices()[0].device_kind,
         **{name: getattr(defaults, name) if value is None else value for name, value in settings.items()},
+    }
+    measure = _compare_policies if values.policies else _measure_model
+    numbers, picture = measure(pipeline, asked, settings)
+    report.write(output.name, record | numbers, output.parent)
+    picture.save(output.with_name(f"{output.name}.png"))
+    print(f"wrote {output}.json and {output}.png")
+
+
+def _measure_model(
+    pipeline: InfinityPipeline, asked: tuple[Prompt, ...], settings: dict[str, Any]
+) -> tuple[dict[str, Any], Image.Image]:
+    """The six tasks, and the sheet."""
+    values = flags.FLAGS
+    truth = score.load_accuracy()
+    pictures, right, table = assess(pipeline, asked, seed=values.seed, batch_size=values.batch_size, **settings)
+    print(score.format_table(table, truth))
+    shown = sheet_order(asked)
+    labels = [f"{asked[index].text} (seed {values.seed + index})" for index in shown]
+    numbers = {
         "scores": {name: dataclasses.asdict(value) for name, value in table.items()},
         "detector_on_ground_truth": {name: dataclasses.asdict(value) for name, value in truth.items()},
         "right": right,
     }
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    shown = sheet_order(asked)
-    labels = [f"{asked[index].text} (seed {_SEED.value + index})" for index in shown]
-    draw_sheet(pictures[shown], labels).save(output.with_suffix(".png"))
-    print(f"wrote {output}.json and {output}.png")
+    return numbers, draw_sheet(pictures[shown], labels)
+
+
+def _compare_policies(
+    pipeline: InfinityPipeline, asked: tuple[Prompt, ...], settings: dict[str, Any]
+) -> tuple[dict[str, Any], Image.Image]:
+    """A row per policy, and the frontier."""
+    values = flags.FLAGS
+    cases = policy_cases.choose(values.policies, policy_cases.all_cases(load_profile(values.checkpoint)))
+    asked = tuple(prompt for prompt in asked if not prompt.held_out)
+    runs = policies.run_cases(
+        pipeline,
+        cases,
+        asked,
+        num_seeds=values.num_seeds,
+        seed=values.seed,
+        batch_size=values.batch_size,
+        **settings,
+    )
+    flops = policies.count_flops(pipeline, runs, settings["guidance_scale"])
+    rows = policy_rows.make_rows(runs, flops, [prompt.scene.task for prompt in asked])
+    print(policy_rows.format_rows(rows))
+    numbers = {"num_seeds": values.num_seeds, "policies": [dataclasses.asdict(row) for row in rows]}
+    return numbers, policy_rows.draw_frontier(rows)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+    flags.DEFINE_enum(
+        "prompts", "evaluation", ["evaluation", "tuning"], "Which prompts; settings are chosen on the tuning ones."
+    )
+    flags.DEFINE_list("policies", [], "Policies to compare, or all; the dense one always comes along.")
+    flags.DEFINE_integer("num_seeds", 1, "Pictures of every prompt under every policy.", lower_bound=1)
+    flags.DEFINE_float("guidance_scale", None, "Default: the checkpoint's.")
+    flags.DEFINE_float("temperature", None, "Default: the checkpoint's.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_integer(
+        "batch_size", 32, "Pictures generated at once; they share a plan, the one of the most demanding picture."
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the first picture; the next ones count up.")
+    flags.DEFINE_string("output", "bench/results/quality", "Path of the JSON and the PNG, without suffix.")
     command_line.run(main)

@@ -5,11 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from bench.scenes import assess, prompts, stages, train_transformer, training, weights, world
+from bench.scenes import assess, prompts, stages, train_text, train_transformer, training, weights, world
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.pipeline import InfinityPipeline
@@ -23,6 +24,8 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("run")
     config = training.load_config(TINY)
     weights.save_parameters(folder / "transformer.safetensors", train_transformer.initial_parameters(config))
+    text = train_text.initial_parameters(config)["text_encoder"]
+    weights.save_parameters(folder / "text_encoder.safetensors", text)
     vae = training.fresh_parameters(abstract_parameters(BSQVAE, config.model.vae, "float32"), seed=0)
     weights.save_parameters(folder / "vae.safetensors", vae)
     stages.export_checkpoint(config, folder, folder / "checkpoint")
@@ -34,12 +37,21 @@ def pipeline(checkpoint) -> InfinityPipeline:
     return InfinityPipeline.from_pretrained(checkpoint, "float32")
 
 
+def test_a_run_continues_from_a_checkpoint(checkpoint, pipeline, tmp_path):
+    stages.import_checkpoint(checkpoint, tmp_path)
+    stages.export_checkpoint(training.load_config(TINY), tmp_path, tmp_path / "again")
+    again = InfinityPipeline.from_pretrained(tmp_path / "again", "float32")
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), again.params, pipeline.params))
+    stage = stages.define_stage("transformer", training.load_config(TINY), tmp_path, None)
+    assert "blocks" in stages.load_constants("transformer", tmp_path, stage).text_encoder
+
+
 def test_every_prompt_gets_its_own_picture_whatever_the_batches(pipeline):
     asked = prompts.load_prompts("tuning")[:3]
-    first, second = assess.generate(pipeline, asked, seed=7, batch_size=2)
+    (first, _), (second, _) = assess.generate(pipeline, asked, seed=7, batch_size=2)
     assert first.shape == (2, 64, 64, 3)
     assert second.shape == (1, 64, 64, 3)
-    (others,) = assess.generate(pipeline, asked[1:], seed=8, batch_size=2)
+    ((others, _),) = assess.generate(pipeline, asked[1:], seed=8, batch_size=2)
     assert (np.abs(others.astype(int) - np.stack([first[1], second[0]])) <= 1).all()
     assert (others[0] != others[1]).any()
 

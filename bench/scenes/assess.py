@@ -11,6 +11,7 @@ from bench.scenes import detector, score
 from bench.scenes.prompts import Prompt
 from bench.scenes.score import Score
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.plan import Plan
 
 _SHEET_PICTURES = 16
 _SHEET_COLUMNS = 4
@@ -19,8 +20,8 @@ _LABEL_HEIGHT = 32
 
 def generate(
     pipeline: InfinityPipeline, asked: Sequence[Prompt], *, seed: int, batch_size: int, **settings: Any
-) -> Iterator[np.ndarray]:
-    """Pictures of the prompts, one for each, as uint8 batches [batch, height, width, 3].
+) -> Iterator[tuple[np.ndarray, Plan]]:
+    """Pictures of the prompts, one for each, as uint8 batches [batch, height, width, 3], and what ran for them.
 
     Args:
       pipeline: the model.
@@ -38,7 +39,7 @@ def generate(
             output_type="np",
             **settings,
         )
-        yield np.asarray(output.images)[:count]
+        yield np.asarray(output.images)[:count], output.plan
 
 
 def draw_sheet(pictures: np.ndarray, labels: Sequence[str]) -> Image.Image:
@@ -79,7 +80,8 @@ def assess(
 ) -> tuple[np.ndarray, list[bool], dict[str, Score]]:
     """The pictures of the prompts, which of them are right, and the scores; arguments as for `generate`."""
     batches = generate(pipeline, asked, seed=seed, batch_size=batch_size, **settings)
-    pictures = np.concatenate(list(tqdm(batches, total=-(-len(asked) // batch_size), unit="batch")))
+    progress = tqdm(batches, total=-(-len(asked) // batch_size), unit="batch")
+    pictures = np.concatenate([batch for batch, _ in progress])
     found = detector.detect(detector.load_weights(), pictures.astype(np.float32) / 127.5 - 1)
     right = [score.judge(prompt.scene, detections) for prompt, detections in zip(asked, found, strict=True)]
     return pictures, right, score.score(asked, found)

@@ -1,0 +1,179 @@
+"""Policies compared on the same prompts and seeds: with a tiny model, and with numbers known by hand."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench import policy_cases, quality
+from bench.policies import Run, count_flops, run_cases
+from bench.policy_cases import Case, all_cases
+from bench.policy_rows import draw_frontier, format_rows, make_rows
+from bench.scenes import prompts, tokenizer, training
+from toprovar_jax.errors import InputError
+from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.skeleton import random_parameters
+from toprovar_jax.models.t5 import T5Encoder
+from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.fastvar import FastVAR
+from toprovar_jax.pruning.flops import PlanCost
+from toprovar_jax.pruning.plan import Plan
+from toprovar_jax.pruning.policy import Dense
+from toprovar_jax.pruning.profile import Profile
+from toprovar_jax.schedule import scale_schedule
+from toprovar_jax.text import Tokenizer
+
+CONFIG = training.load_config(training.EMBEDDED_CONFIG.with_name("tiny.json")).model
+ASKED = prompts.load_prompts("tuning")[::48]  # one of every other task
+PROFILE = Profile(layer_scores=(0.5, 1.0), tau=0.4, crossing="above", prunable_scales=3, usual_scales=2)
+SCHEDULE = scale_schedule(pixels="0.06M")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    models = {"transformer": Infinity, "vae": BSQVAE, "text_encoder": T5Encoder}
+    params = {name: random_parameters(model, getattr(CONFIG, name), "float32") for name, model in models.items()}
+    words = Tokenizer(tokenizer.build_tokenizer().to_str())
+    return InfinityPipeline(CONFIG, params, dtype="float32", tokenizer=words)
+
+
+def test_every_case_makes_the_same_pictures_of_the_same_prompts_and_seeds(pipeline):
+    cases = [Case("dense", Dense()), Case("fastvar", FastVAR())]
+    dense, fastvar = run_cases(pipeline, cases, ASKED, num_seeds=2, seed=5, batch_size=1)
+    for run in (dense, fastvar):
+        for values in (run.right, run.similarity, run.squared_error, run.plans):
+            assert np.shape(values)[:2] == (3, 2)
+        assert 0 < run.loop_ms < run.total_ms
+    assert (dense.similarity == 1).all()
+    assert (dense.squared_error == 0).all()
+    assert (fastvar.similarity < 1).all()
+    assert {plan for plans in fastvar.plans for plan in plans} == {*FastVAR().plans(SCHEDULE, 2)}
+
+    # Prompt 2 under its second seed, on its own.
+    own = [
+        np.asarray(pipeline(ASKED[2].text, seed=5 + 3 + 2, policy=case.policy, output_type="np").images) / 255
+        for case in cases
+    ]
+    assert fastvar.squared_error[2, 1] == pytest.approx(np.square(own[1] - own[0]).mean(), rel=0.02)
+
+    counted = count_flops(pipeline, [dense, fastvar], None)
+    for run, flops in zip((dense, fastvar), counted, strict=True):
+        cost = PlanCost(CONFIG.transformer, run.plans[0][0]).loop().total
+        assert (flops == flops[0, 0]).all()
+        assert flops[0, 0] == pytest.approx(cost, rel=0.2)  # so small a model spends much beside its products
+    (unguided,) = count_flops(pipeline, [dense], 1.0)
+    assert unguided[0, 0] == pytest.approx(counted[0][0, 0] / 2, rel=0.1)
+
+
+def made_up_run(name, right, similarity, plan, against=(), loop_ms=1.0):
+    return Run(
+        case=Case(name, Dense() if name == "dense" else FastVAR(), against),
+        right=np.array(right, bool),
+        similarity=np.array(similarity, np.float32),
+        squared_error=(1 - np.array(similarity, np.float32)) / 10,
+        plans=((plan, plan),) * len(right),
+        loop_ms=loop_ms,
+        total_ms=2 * loop_ms,
+    )
+
+
+def test_rows_are_means_with_paired_differences():
+    tasks = ["counting", "counting", "colors"]
+    everything, half = Plan.dense(SCHEDULE, 2), FastVAR().plans(SCHEDULE, 2)[0]
+    runs = [
+        made_up_run("dense", [[1, 1], [1, 0], [1, 1]], [[1, 1]] * 3, everything),
+        made_up_run("other", [[1, 1], [0, 0], [1, 1]], [[0.8, 0.9]] * 3, half, loop_ms=0.5),
+        made_up_run("last", [[1, 1], [0, 0], [1, 0]], [[0.7, 0.8]] * 3, half, against=("other", "absent")),
+    ]
+    dense, other, last = make_rows(runs, [np.full((3, 2), flops) for flops in (100.0, 40.0, 25.0)], tasks)
+    assert dense.tasks == {"counting": 0.75, "colors": 1}
+    assert dense.score.mean == 0.875
+    assert (dense.similarity.mean, dense.similarity.low, dense.peak_signal_to_noise.mean) == (1, 1, 100)
+    assert dense.changes == {}
+    assert other.score.mean == 0.75
+    assert other.peak_signal_to_noise.mean == pytest.approx(-10 * np.log10(0.015), rel=1e-5)
+    assert (other.flops, other.flops_share) == (40, 0.4)
+    assert other.changes["dense"].score.mean == -0.125
+    assert other.changes["dense"].similarity.mean == pytest.approx(-0.15)
+    # Of the two counting prompts one is worse by half, so that resamples lose none, half or all of it.
+    assert (other.changes["dense"].score.low, other.changes["dense"].score.high) == (-0.25, 0)
+    assert list(last.changes) == ["dense", "other"]
+    assert last.changes["other"].score.mean == pytest.approx(-0.25)
+    assert last.plans == [(1.0, half.table().splitlines())]
+
+    lines = format_rows([dense, other, last]).splitlines()
+    assert lines[2].split() == [
+        "other",
+        "75.0",
+        "50.0",
+        "to",
+        "100.0",
+        "0.850",
+        "18.2",
+        "0.00",
+        "2.50x",
+        "0.5",
+        "2.00x",
+    ]
+    assert lines[4:] == [
+        "other less dense: score -12.5 (-25.0 to +0.0), SSIM -0.150 (-0.150 to -0.150)",
+        "last less dense: score -37.5 (-50.0 to -25.0), SSIM -0.250 (-0.250 to -0.250)",
+        "last less other: score -25.0 (-25.0 to -25.0), SSIM -0.100 (-0.100 to -0.100)",
+    ]
+    assert draw_frontier([dense, other, last]).width > 1000
+
+
+def test_toprovar_needs_a_profile():
+    without, full = all_cases(None), all_cases(PROFILE)
+    assert [case.name for case in without] == ["dense", "fastvar"]
+    assert full[: len(without)] == without
+    assert len({case.policy for case in full}) == len({case.name for case in full}) == len(full)
+    for index, case in enumerate(full):
+        assert {*case.against} <= {earlier.name for earlier in full[:index]}
+        assert case.policy.plans(SCHEDULE, 2)
+
+
+def test_cases_are_chosen_by_name():
+    known = all_cases(PROFILE)
+    assert [case.name for case in policy_cases.choose(["toprovar"], known)] == ["dense", "toprovar"]
+    assert policy_cases.choose(["all"], known) == [*known]
+    with pytest.raises(
+        InputError, match=r"unknown policy 'topovar': choose from all, dense, fastvar, toprovar, [^;]+$"
+    ):
+        policy_cases.choose(["topovar"], known)
+    with pytest.raises(InputError, match="dense, fastvar; those of ToProVAR need a profile, so calibrate the"):
+        policy_cases.choose(["toprovar"], all_cases(None))
+
+
+def test_the_command_compares_policies(pipeline, tmp_path, monkeypatch, capsys):
+    values = {
+        "checkpoint": tmp_path,
+        "prompts": "tuning",
+        "policies": ["fastvar"],
+        "num_seeds": 1,
+        "guidance_scale": None,
+        "temperature": None,
+        "dtype": "float32",
+        "batch_size": 1,
+        "seed": 5,
+        "output": str(tmp_path / "results" / "compared"),
+    }
+    held_out = dataclasses.replace(ASKED[0], held_out=True)
+    monkeypatch.setattr(quality.flags, "FLAGS", types.SimpleNamespace(**values))
+    monkeypatch.setattr(quality, "load_prompts", lambda _: (*ASKED[:2], held_out))
+    monkeypatch.setattr(InfinityPipeline, "from_pretrained", lambda *_: pipeline)
+    quality.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["policy", "dense", "fastvar", "fastvar", "wrote"]
+    record = json.loads((tmp_path / "results" / "compared.json").read_text())
+    dense, fastvar = record["policies"]
+    assert (record["seed"], record["guidance_scale"]) == (5, 3.0)
+    assert list(dense["tasks"]) == [prompt.scene.task for prompt in ASKED[:2]]
+    assert fastvar["flops"] < dense["flops"]
+    assert fastvar["changes"]["dense"]["similarity"]["mean"] < 0
+    with Image.open(tmp_path / "results" / "compared.png") as frontier:
+        assert frontier.width > 1000
