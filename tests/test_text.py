@@ -43,8 +43,8 @@ def test_prompts_are_padded_to_a_common_bucket_and_the_end_token_counts(tokenize
     first = [*_letters("cab"), END]
     second = [*_letters("a"), *_letters("b"), *_letters("fuzzy"), END]
     assert (len(first), len(second)) == (5, 11)
-    np.testing.assert_array_equal(batch.tokens, [first + [PAD] * 11, second + [PAD] * 5])
-    np.testing.assert_array_equal(batch.mask, [[True] * 5 + [False] * 11, [True] * 11 + [False] * 5])
+    np.testing.assert_array_equal(batch.tokens, [first + [PAD] * 27, second + [PAD] * 21])
+    np.testing.assert_array_equal(batch.mask, [[True] * 5 + [False] * 27, [True] * 11 + [False] * 21])
     np.testing.assert_array_equal(batch.lengths, [5, 11])
     assert (batch.tokens.dtype, batch.mask.dtype, batch.lengths.dtype) == (np.int32, bool, np.int32)
 
@@ -123,7 +123,7 @@ def test_tokenizer_without_end_token_is_refused():
         text.Tokenizer(_tokenizer_json(appends_end=False).to_str())
 
 
-@pytest.mark.parametrize(("length", "bucket"), [(1, 8), (8, 8), (9, 16), (65, 128), (512, 512)])
+@pytest.mark.parametrize(("length", "bucket"), [(1, 32), (32, 32), (33, 64), (65, 128), (512, 512)])
 def test_buckets(length, bucket):
     assert text.text_bucket(length) == bucket
 
@@ -139,7 +139,7 @@ def test_features_do_not_depend_on_the_padding_or_the_batch_and_are_zero_where_p
     encode = jax.jit(functools.partial(text.encode_text, config=config, dtype="float32"))
     batch = tokenizer.encode(["cab", "a b fuzzy"])
     features = encode(params, *batch)
-    assert features.shape == (2, 16, 16)
+    assert features.shape == (2, 32, 16)
     assert not features[~batch.mask].any()
     for row, prompt in enumerate(["cab", "a b fuzzy"]):
         length = batch.lengths[row]

@@ -20,8 +20,8 @@ from toprovar_jax.models.t5 import T5Encoder
 
 MAX_TOKENS = 512
 
-# Lengths that texts are padded to, so that few shapes are compiled.
-TEXT_BUCKETS = (8, 16, 32, 64, 128, 256, MAX_TOKENS)
+# Lengths that texts are padded to, so that few shapes are compiled: one serves most prompts.
+TEXT_BUCKETS = (32, 64, 128, 256, MAX_TOKENS)
 
 _END_OF_SEQUENCE = "</s>"
 _UNKNOWN = "<unk>"
