@@ -1,9 +1,11 @@
 """The command: files it writes, what it prints, and one line with exit code 2 for every mistake."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ from PIL import Image
 from tests import tiny
 from toprovar_jax import checkpoint, command_line, generate
 from toprovar_jax.manifest import load_manifest
+from toprovar_jax.pruning.fastvar import FastVAR
+from toprovar_jax.schedule import scale_schedule
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,24 @@ def test_two_runs_write_identical_pixels_and_the_second_is_warm(folder, tmp_path
             "dtype": "float32",
             "checkpoint": load_manifest(folder).digest,
         }
+
+
+def test_a_policy_and_its_plan_write_the_same_picture(folder, tmp_path):
+    """The plan as a file needs no other programs, so the second run is warm."""
+    (plan,) = FastVAR().plans(scale_schedule(pixels="0.06M"), tiny.CONFIG.transformer.depth)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    pictures = []
+    for policy in ("fastvar", tmp_path / "plan.json"):
+        out = tmp_path / Path(policy).stem
+        arguments = ("--checkpoint", folder, "--prompt", "a red cat", "--policy", policy, "--output_dir", out)
+        run = run_command(*arguments, cache=tmp_path / "cache")
+        assert run.returncode == 0, run.stderr
+        assert ", 5 scales " in run.stdout
+        assert "7/7" in run.stderr
+        with Image.open(out / "image_0000_seed_0.png") as image:
+            assert image.text["policy"] == str(policy)
+            pictures.append(np.asarray(image))
+    np.testing.assert_array_equal(*pictures)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ class InfinityPipeline:
       dtype: "float32" or "bfloat16", the policy that the parameters were loaded for.
       tokenizer: turns prompts into tokens; without it only text features can be given.
       checkpoint_digest: identifies the checkpoint, for instance in the images' metadata.
+      folder: of the checkpoint, where policy "toprovar" looks for its profile.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class InfinityPipeline:
         dtype: str,
         tokenizer: Tokenizer | None = None,
         checkpoint_digest: str | None = None,
+        folder: str | PathLike[str] | None = None,
     ):
         self.config = config
         self.params = params
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.checkpoint_digest = checkpoint_digest
+        self.folder = folder
         self.programs = Programs()
         self._generate = Generator(config, params, dtype, self.programs)
 
@@ -94,6 +97,7 @@ class InfinityPipeline:
             dtype=name,
             tokenizer=None if tokenizer is None else Tokenizer(tokenizer, manifest.config.knows),
             checkpoint_digest=manifest.digest,
+            folder=path,
         )
 
     def __call__(
@@ -138,8 +142,8 @@ class InfinityPipeline:
           aspect_ratio: height / width, instead of `height` and `width`; the nearest template is used.
           pixels: pixel budget: "0.06M", "0.25M", "0.60M" or "1M".
           guidance_layer: 0 or None guides the logits; a negative index guides inside the network after that block.
-          policy: what to prune: "dense" (nothing), "fastvar", a policy object, a plan, or the name of a plan's
-            JSON file.
+          policy: what to prune: "dense" (nothing), "fastvar", "skipvar", a policy object, a plan, or the name of a
+            plan's JSON file.
           output_type: "pil" images, "np" uint8 RGB, or "latent" code maps.
           trace: also return every scale's logits, bits, code map, attention entropy and kept tokens.
           callback_on_scale_end: called with (scale index, number of scales).
@@ -156,7 +160,7 @@ class InfinityPipeline:
         Raises:
           InputError: an argument is impossible or contradicts another, or the device is out of memory.
         """
-        chosen_policy = resolve_policy(policy)
+        chosen_policy = resolve_policy(policy, self.folder, self.checkpoint_digest)
         request.check_choice("output_type", output_type, request.OUTPUT_TYPES)
         images_per_prompt = request.resolve_count("num_images_per_prompt", num_images_per_prompt)
         transformer = self.config.transformer
