@@ -1,7 +1,7 @@
 """How good the pictures of a checkpoint are: GenEval's six tasks over the scenes' prompts.
 
-    python -m bench.quality --checkpoint FOLDER
-    python -m bench.quality --checkpoint FOLDER --policies all --num_seeds 4
+    python -m bench.quality
+    python -m bench.quality --policies all --num_seeds 4
 
 The first prints the share of right pictures per task with 95 % bootstrap intervals, beside what the detector
 scores on ground truth; it writes everything as JSON, and sixteen pictures spread evenly over the prompts. The
@@ -21,6 +21,7 @@ from bench.scenes import score
 from bench.scenes.assess import assess, draw_sheet, sheet_order
 from bench.scenes.prompts import Prompt, load_prompts
 from toprovar_jax import command_line
+from toprovar_jax.checkpoint import EMBEDDED
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.pruning.profile import load_profile
 
@@ -90,7 +91,7 @@ def _compare_policies(
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+    flags.DEFINE_string("checkpoint", str(EMBEDDED), "Folder of the model.")
     flags.DEFINE_enum(
         "prompts", "evaluation", ["evaluation", "tuning"], "Which prompts; settings are chosen on the tuning ones."
     )

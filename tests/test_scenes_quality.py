@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.scenes import assess, prompts, stages, train_text, train_transformer, training, weights, world
+from bench.scenes import (
+    assess,
+    prompts,
+    score,
+    sheet,
+    stages,
+    train_text,
+    train_transformer,
+    training,
+    tune,
+    weights,
+    world,
+)
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.pipeline import InfinityPipeline
@@ -85,3 +97,37 @@ def test_the_sheet_is_spread_over_the_prompts():
     order = assess.sheet_order(asked)
     assert len(set(order)) == 16
     assert {asked[index].scene.task for index in order} == {prompt.scene.task for prompt in asked}
+
+
+def test_settings_are_compared_on_the_same_prompts_and_seeds(pipeline):
+    asked = prompts.load_prompts("tuning")[:2]
+    trials = list(tune.scan(pipeline, asked, [3.0], [0.5, 0.7], batch_size=2))
+    assert [(trial.guidance_scale, trial.temperature) for trial in trials] == [(3.0, 0.5), (3.0, 0.7)]
+    settings = {"guidance_scale": 3.0, "temperature": 0.7}
+    assert trials[1].scores == assess.assess(pipeline, asked, seed=0, batch_size=2, **settings)[2]
+
+
+def test_the_best_settings_are_the_first_of_the_highest_score():
+    trials = [
+        tune.Trial(
+            guidance, 0.5, {"colors": score.Score(0.3, 0, 1, 9), "overall": score.Score(mean, 0.25, 0.75, 9)}
+        )
+        for guidance, mean in ((1.0, 0.4), (2.0, 0.5), (3.0, 0.5))
+    ]
+    assert tune.best(trials) is trials[1]
+    assert str(trials[1]) == "guidance 2, temperature 0.5: 50.0 (25.0 to 75.0)  colors 30.0  overall 50.0"
+
+
+def test_the_readme_sheet_shows_sixteen_prompts_with_the_first_seeds(pipeline):
+    made = np.asarray(sheet.make_sheet(pipeline))
+    assert made.shape == (4 * (64 + 32), 4 * 64, 3)
+    evaluation = prompts.load_prompts("evaluation")
+    last = evaluation[assess.sheet_order(evaluation)[15]].text
+    alone = pipeline(last, seed=15, output_type="np").images[0]
+    np.testing.assert_array_equal(made[-64 - 32 : -32, -64:], alone)
+
+
+def test_a_word_outside_the_world_still_gives_a_picture_and_says_what_there_is(pipeline):
+    with pytest.warns(UserWarning, match=r"the model does not know 'dragon'; it knows apple, .* wooden table$"):
+        (image,) = pipeline("a red dragon").images
+    assert image.size == (64, 64)
