@@ -25,10 +25,11 @@ from toprovar_jax.pruning.policy import Policy
 from toprovar_jax.request import ScaleSettings
 from toprovar_jax.scale_loop import LoopConfig
 from toprovar_jax.schedule import ScaleSchedule, rope_grid
+from toprovar_jax.text import text_bucket
 from toprovar_jax.text_batch import TextBatch
 
 BATCH = 1
-TEXT_TOKENS = 20
+TEXT_TOKENS = text_bucket(20)  # a prompt of 20 tokens, padded as the pipeline does
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ No weights are needed and nothing runs: `flop_counter.py` says how.
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -19,26 +19,36 @@ from toprovar_jax.pruning.fastvar import FastVAR
 from toprovar_jax.pruning.plan import Plan
 from toprovar_jax.pruning.policy import Dense, Policy
 from toprovar_jax.pruning.profile import Profile
+from toprovar_jax.pruning.skipvar import SkipVAR
 from toprovar_jax.pruning.toprovar import ToProVAR
 from toprovar_jax.schedule import scale_schedule
 
 TOLERANCE = 0.03  # relative difference of the two counts of a whole loop
 
 
-def examples(depth: int) -> dict[str, Policy]:
-    """Policies that need no calibration; what is counted of each is its first plan."""
+class Example(NamedTuple):
+    """A policy, and which of its plans to count."""
+
+    policy: Policy
+    plan: int = 0
+
+
+def examples(depth: int) -> dict[str, Example]:
+    """Policies that need no calibration."""
     return {
-        "dense": Dense(),
-        "fastvar": FastVAR(),
+        "dense": Example(Dense()),
+        "fastvar": Example(FastVAR()),
+        "skipvar, the last 3 scales without guidance": Example(SkipVAR(), plan=3),
+        "skipvar, the last 3 scales dropped": Example(SkipVAR(), plan=6),
         "toprovar, half of the tokens": _toprovar(depth, last_scales=4, pruned=0.5),
         "toprovar, an eighth of the tokens": _toprovar(depth, last_scales=4, pruned=0.875),
-        "toprovar, early, without the last scale": _toprovar(
+        "toprovar, early, the last scale dropped": _toprovar(
             depth, last_scales=6, pruned=0.75, dropped_scales=1, conditional_scales=1, source="layer_before"
         ),
     }
 
 
-def _toprovar(depth: int, last_scales: int, pruned: float, **settings: Any) -> ToProVAR:
+def _toprovar(depth: int, last_scales: int, pruned: float, **settings: Any) -> Example:
     """Prunes a share of the tokens of the last scales, in all layers but the outermost sixteenths."""
     dense_layers = max(1, depth // 16)
     profile = Profile(
@@ -51,7 +61,7 @@ def _toprovar(depth: int, last_scales: int, pruned: float, **settings: Any) -> T
         alpha_max=pruned,
         **settings,
     )
-    return ToProVAR(profile)
+    return Example(ToProVAR(profile))
 
 
 def format_table(name: str, counts: dict[int, ScaleCount], dense: dict[int, ScaleCount]) -> str:
@@ -78,8 +88,8 @@ def main() -> None:
     counts: dict[str, dict[int, ScaleCount]] = {}
     plans: dict[str, Plan] = {}
     with countable():
-        for name, policy in examples(config.transformer.depth).items():
-            plans[name] = policy.plans(schedule, config.transformer.depth)[0]
+        for name, (policy, index) in examples(config.transformer.depth).items():
+            plans[name] = policy.plans(schedule, config.transformer.depth)[index]
             counts[name] = counter.count(policy, plans[name])
             print(format_table(name, counts[name], counts["dense"]) + "\n", flush=True)
     totals = {name: total(by_scale.values()) for name, by_scale in counts.items()}

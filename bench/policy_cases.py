@@ -7,6 +7,7 @@ from toprovar_jax.errors import InputError
 from toprovar_jax.pruning.fastvar import FastVAR
 from toprovar_jax.pruning.policy import Dense, Policy
 from toprovar_jax.pruning.profile import Profile
+from toprovar_jax.pruning.skipvar import SkipVAR
 from toprovar_jax.pruning.toprovar import ToProVAR
 
 
@@ -30,6 +31,7 @@ def all_cases(profile: Profile | None) -> tuple[Case, ...]:
     peers = (
         Case("dense", Dense()),
         Case("fastvar", FastVAR()),
+        Case("skipvar", SkipVAR()),
     )
     if profile is None:
         return peers
@@ -37,7 +39,7 @@ def all_cases(profile: Profile | None) -> tuple[Case, ...]:
     ablate = dataclasses.replace
     return (
         *peers,
-        Case("toprovar", full, against=("fastvar",)),
+        Case("toprovar", full, against=("fastvar", "skipvar")),
         Case("fixed exit", ablate(full, use_scale=False, use_layers=False, use_tokens=False)),
         Case("scale", ablate(full, use_layers=False, use_tokens=False)),
         Case("scale+token", ablate(full, use_layers=False)),

@@ -15,6 +15,7 @@ from bench.full_size import full_size_config
 from pallas_kernels import flash_attention_entropy
 from toprovar_jax.pruning.plan import Plan, ScalePlan
 from toprovar_jax.pruning.policy import Dense, Fixed
+from toprovar_jax.pruning.skipvar import SkipVAR
 from toprovar_jax.schedule import scale_schedule
 
 SCHEDULE = scale_schedule()[:7]
@@ -63,14 +64,15 @@ def test_the_compiled_program_counts_as_the_lowered_one(scale):
 def test_the_formula_is_what_xla_counts(model):
     counter = sliced_counter(model)
     with countable():
-        for name, policy in examples(depth=4).items():
-            plan = policy.plans(SCHEDULE, 4)[0]
+        for name, (policy, index) in examples(depth=4).items():
+            plan = policy.plans(SCHEDULE, 4)[index]
             counts = counter.count(policy, plan)
             assert tuple(counts) == plan.executed_scales
             for scale, count in counts.items():
                 assert count.xla_flops == pytest.approx(count.formula_flops, rel=0.01), (name, scale)
-                # Choosing tokens costs next to nothing.
-                assert count.policy_flops < 0.01 * count.xla_flops
+                # Choosing tokens costs next to nothing; SkipVAR decodes two small pictures.
+                if not isinstance(policy, SkipVAR):
+                    assert count.policy_flops < 0.01 * count.xla_flops
 
 
 def test_what_is_left_out_is_not_counted():

@@ -129,7 +129,7 @@ def test_rows_are_means_with_paired_differences():
 
 def test_toprovar_needs_a_profile():
     without, full = all_cases(None), all_cases(PROFILE)
-    assert [case.name for case in without] == ["dense", "fastvar"]
+    assert [case.name for case in without] == ["dense", "fastvar", "skipvar"]
     assert full[: len(without)] == without
     assert len({case.policy for case in full}) == len({case.name for case in full}) == len(full)
     for index, case in enumerate(full):
@@ -142,10 +142,12 @@ def test_cases_are_chosen_by_name():
     assert [case.name for case in policy_cases.choose(["toprovar"], known)] == ["dense", "toprovar"]
     assert policy_cases.choose(["all"], known) == [*known]
     with pytest.raises(
-        InputError, match=r"unknown policy 'topovar': choose from all, dense, fastvar, toprovar, [^;]+$"
+        InputError, match=r"unknown policy 'topovar': choose from all, dense, fastvar, skipvar, toprovar, [^;]+$"
     ):
         policy_cases.choose(["topovar"], known)
-    with pytest.raises(InputError, match="dense, fastvar; those of ToProVAR need a profile, so calibrate the"):
+    with pytest.raises(
+        InputError, match="dense, fastvar, skipvar; those of ToProVAR need a profile, so calibrate the"
+    ):
         policy_cases.choose(["toprovar"], all_cases(None))
 
 
