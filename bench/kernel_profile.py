@@ -25,7 +25,7 @@ _PAUSE = 0.003  # seconds between programs, far more than the clocks of host and
 # The first pattern that a kernel's name contains tells its kind.
 _KINDS = (
     ("attention", r"flash_attention|mosaic|fmha|flash_fprop"),
-    ("convolution", r"conv|fprop|implicit"),
+    ("convolution", r"conv(?!ert)|fprop|implicit"),
     ("matrix product", r"gemm|nvjet|cutlass|cublas|splitk|xmma|dot"),
     ("norm and reduction", r"softmax|reduce|norm"),
     ("copy", r"memcpy|memset|copy|transpose|concatenate|slice|pad|gather|scatter|broadcast"),

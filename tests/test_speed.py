@@ -127,6 +127,7 @@ def test_kernels_belong_to_the_stage_that_they_start_in():
         ("loop_dynamic_update_slice_fusion_7", "copy"),
         ("MemcpyD2D", "copy"),
         ("loop_add_fusion_1", "elementwise"),
+        ("loop_convert_fusion_1", "elementwise"),
     ],
 )
 def test_the_kind_of_a_kernel_is_told_by_its_name(name, kind):
