@@ -1,5 +1,7 @@
 """The pipeline: batches, seeds, settings, outputs, and every way a call can be wrong."""
 
+import dataclasses
+import functools
 import inspect
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from toprovar_jax import InputError, scale_loop
+from toprovar_jax import InputError, request, scale_loop
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.schedule import Grid
@@ -163,6 +165,21 @@ def test_height_and_width_choose_the_nearest_size_and_say_so():
     with pytest.warns(UserWarning, match=r"generating 32x32 \(height x width\), the nearest size to 30x33"):
         out = pipe("a cat", height=30, width=33, output_type="latent")
     assert out.images.shape == (1, 16, 16, 4)
+
+
+def test_a_model_of_few_scales_refuses_larger_budgets_and_never_chooses_one():
+    config = dataclasses.replace(
+        tiny.CONFIG, transformer=dataclasses.replace(tiny.CONFIG.transformer, max_scales=10)
+    )
+    resolve = functools.partial(
+        request.resolve_geometry, config, **dict.fromkeys(("aspect_ratio", "schedule", "rope"))
+    )
+    with pytest.raises(
+        InputError, match=r"1M has 13 scales but the model knows 10: choose one of 0\.06M, 0\.25M$"
+    ):
+        resolve(height=None, width=None, pixels="1M")
+    with pytest.warns(UserWarning, match="generating 64x64"):
+        assert len(resolve(height=500, width=500, pixels=None).schedule) == 10
 
 
 def test_reconstruction_has_the_size_of_the_nearest_template():

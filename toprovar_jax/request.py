@@ -108,6 +108,11 @@ def resolve_geometry(
         if height is not None and width is not None:
             pixels = _nearest_budget(config, ratio, height * width)
     chosen = scale_schedule(ratio, pixels)
+    if len(chosen) > config.transformer.max_scales:
+        raise InputError(
+            f"{pixels} has {len(chosen)} scales but the model knows {config.transformer.max_scales}: choose one of "
+            f"{', '.join(_known_budgets(config))}"
+        )
     size = image_size(config, chosen)
     if height is not None and size != (height, width):
         warnings.warn(
@@ -162,7 +167,11 @@ def _nearest_budget(config: CheckpointConfig, ratio: float, area: int) -> str:
     def distance(pixels: str) -> float:
         return abs(math.log(math.prod(image_size(config, scale_schedule(ratio, pixels))) / area))
 
-    return min(PIXEL_BUDGETS, key=distance)
+    return min(_known_budgets(config), key=distance)
+
+
+def _known_budgets(config: CheckpointConfig) -> list[str]:
+    return [name for name, num_scales in PIXEL_BUDGETS.items() if num_scales <= config.transformer.max_scales]
 
 
 def resolve_settings(
