@@ -108,10 +108,10 @@ def resolve_geometry(
         if height is not None and width is not None:
             pixels = _nearest_budget(config, ratio, height * width)
     chosen = scale_schedule(ratio, pixels)
-    if len(chosen) > config.transformer.max_scales:
+    if pixels not in (known := _known_budgets(config)):
         raise InputError(
-            f"{pixels} has {len(chosen)} scales but the model knows {config.transformer.max_scales}: choose one of "
-            f"{', '.join(_known_budgets(config))}"
+            f"{pixels} has {len(chosen)} scales but the model knows {config.transformer.max_scales}: choose one "
+            f"of {', '.join(known)}"
         )
     size = image_size(config, chosen)
     if height is not None and size != (height, width):
