@@ -27,7 +27,10 @@ class Case:
 
 
 def all_cases(profile: Profile | None) -> tuple[Case, ...]:
-    """All cases, the dense one first; those of ToProVAR need a profile, its ablations are the paper's Table 10."""
+    """All cases, the dense one first; those of ToProVAR need a profile.
+
+    The ablations name what is left on: the rows of the paper's Table 10, and a start that all images share.
+    """
     peers = (
         Case("dense", Dense()),
         Case("fastvar", FastVAR()),
