@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from toprovar_jax import checkpoint, manifest
-from toprovar_jax.pruning.profile import PROFILE_NAME, Profile, ProfileError, load_profile
+from toprovar_jax.pruning.profile import PROFILE_NAME, Profile, ProfileError, check_writable, load_profile
 
 PROFILE = Profile(
     layer_scores=(0.0, 0.25, 1.0),
@@ -37,7 +37,10 @@ def test_text_round_trip():
     [
         ({"crossing": "both"}, r"^unknown crossing 'both' in the profile: choose one of above, below$"),
         ({"normalization": "l2"}, r"^unknown normalization 'l2' in the profile: choose one of sum, mean, rank$"),
-        ({"source": "mlp"}, r"^unknown source 'mlp' in the profile: choose one of same_layers, all_layers, layer_before$"),
+        (
+            {"source": "mlp"},
+            r"^unknown source 'mlp' in the profile: choose one of same_layers, all_layers, layer_before$",
+        ),
         ({"layer_scores": ()}, r"^a profile needs one layer score from 0 to 1 for every layer$"),
         ({"layer_scores": (0.0, 1.1)}, r"one layer score from 0 to 1"),
         ({"layer_scores": (0.0, float("nan"))}, r"one layer score from 0 to 1"),
@@ -58,13 +61,14 @@ def test_impossible_values_are_refused(changes, message, monkeypatch):
 
 
 def test_another_model_is_refused():
-    PROFILE.check_fits(3, "abc")
-    PROFILE.check_fits(3, None)
-    dataclasses.replace(PROFILE, checkpoint=None).check_fits(3, "def")
+    PROFILE.check_depth(3)
     with refused(r"^the profile is for a transformer of 3 layers, but this one has 32: calibrate with `python"):
-        PROFILE.check_fits(32, "abc")
+        PROFILE.check_depth(32)
+    PROFILE.check_checkpoint("abc")
+    PROFILE.check_checkpoint(None)
+    dataclasses.replace(PROFILE, checkpoint=None).check_checkpoint("def")
     with refused(r"^the profile belongs to another checkpoint: calibrate with `python -m toprovar_jax.calibrate"):
-        PROFILE.check_fits(3, "def")
+        PROFILE.check_checkpoint("def")
 
 
 def test_texts_that_are_no_profiles_are_refused(monkeypatch):
@@ -102,5 +106,8 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path):
     with refused(rf"^cannot write {tmp_path}/{PROFILE_NAME}: Is a directory; make the folder writable$"):
         PROFILE.save(tmp_path)
     assert os.listdir(tmp_path) == [PROFILE_NAME]
+    check_writable(tmp_path)
+    with refused(r"^cannot write into /proc: .*; make the folder writable$"):
+        check_writable("/proc")
     with refused(rf"^cannot read {tmp_path}/{PROFILE_NAME}: .*Is a directory"):
         load_profile(tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from toprovar_jax import checkpoint
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.pruning.plan import Plan, ScalePlan
 from toprovar_jax.pruning.profile import Profile, ProfileError
@@ -86,7 +87,7 @@ def test_last_scales_are_dropped_or_lose_the_unconditional_rows_once_pruning_has
     ],
 )
 def test_counts_follow_the_normalization(changes, expected):
-    assert kept(policy(**changes)._plan_from(2, SCHEDULE), 2)[1] == expected
+    assert kept(policy(**changes).plan_from(2, SCHEDULE), 2)[1] == expected
 
 
 def test_counts_do_not_grow_by_a_rounding_error():
@@ -191,3 +192,27 @@ def test_runs_in_every_precision_with_and_without_guidance(source, dtype, images
         assert span == (1, 2)
         assert indices.shape[-1] == kept(output.plan, scale)[1] < output.plan.schedule[scale].size
         assert (np.diff(indices) > 0).all()
+
+
+def test_the_name_takes_the_profile_beside_the_checkpoint(tmp_path):
+    folder = tmp_path / "model"
+    digest = checkpoint.save(folder, tiny.CONFIG, tiny.parameters(), dtype="float32").digest
+    pipe = InfinityPipeline.from_pretrained(folder)
+    with pytest.raises(
+        ProfileError,
+        match=rf"^{folder} has no profile for policy 'toprovar': make one with `python -m toprovar_jax",
+    ):
+        draw(pipe, "toprovar")
+    profile = dataclasses.replace(TINY, checkpoint=digest, tau=0.0)
+    profile.save(folder)
+    assert draw(pipe, "toprovar").plan == ToProVAR(profile).plans(tuple(Grid(*g) for g in TINY_SCHEDULE), 2)[0]
+    stale = dataclasses.replace(profile, checkpoint="another")
+    stale.save(folder)
+    for named in ("toprovar", ToProVAR(stale)):
+        with pytest.raises(ProfileError, match=r"^the profile belongs to another checkpoint: calibrate with"):
+            draw(pipe, named)
+
+
+def test_the_name_needs_a_folder():
+    with pytest.raises(ProfileError, match=r"^policy 'toprovar' needs a checkpoint on disk with a profile: pass"):
+        draw(tiny.pipeline(), "toprovar")

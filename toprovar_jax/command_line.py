@@ -1,9 +1,12 @@
 """How every command of the project starts and fails: one clear line on standard error, exit code 2."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 from absl import flags
 
 from toprovar_jax.errors import InputError
@@ -43,6 +46,30 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
+
+
+def read_prompts(file: str) -> list[str]:
+    """Prompts of a text file, one per line; empty lines are left out.
+
+    Raises:
+      InputError: the file cannot be read or holds none.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompts of {file} as UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{file} holds no prompt: write one per line")
+    return prompts
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in a folder of the user's, so that only the first run of a model compiles."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(root) / "toprovar_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -99,7 +99,7 @@ class Manifest:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below a folder but the manifest itself and a profile, whole or partial, sorted."""
+    """Relative names of all files below a folder, sorted; not the manifest, nor a profile, whole or partial."""
     paths = (path for path in folder.rglob("*") if not path.is_dir())
     names = (path.relative_to(folder).as_posix() for path in paths)
     return sorted(name for name in names if name != MANIFEST_NAME and not name.startswith(PROFILE_NAME))

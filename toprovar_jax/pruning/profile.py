@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -97,21 +98,20 @@ class Profile:
                 "no layer comes before layer 0, so source 'layer_before' needs layer score 0 there: keep it dense"
             )
 
-    def check_fits(self, depth: int, checkpoint: str | None) -> None:
-        """Compares the profile with a model.
-
-        Args:
-          depth: layers of the transformer.
-          checkpoint: digest of its manifest; None for a model that is not on disk, which is not compared.
-
-        Raises:
-          ProfileError: the profile belongs to another model.
-        """
+    def check_depth(self, depth: int) -> None:
+        """Raises ProfileError where the profile is for another number of layers."""
         if len(self.layer_scores) != depth:
             raise ProfileError(
                 f"the profile is for a transformer of {len(self.layer_scores)} layers, but this one has {depth}: "
                 f"calibrate with `{_CALIBRATE}`"
             )
+
+    def check_checkpoint(self, checkpoint: str | None) -> None:
+        """Raises ProfileError where the profile is for another checkpoint.
+
+        Args:
+          checkpoint: digest of its manifest; None for a model that is not on disk, which is not compared.
+        """
         if None not in (self.checkpoint, checkpoint) and self.checkpoint != checkpoint:
             raise ProfileError(f"the profile belongs to another checkpoint: calibrate with `{_CALIBRATE}`")
 
@@ -167,6 +167,19 @@ class Profile:
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Finds out before any work whether a profile can be written.
+
+    Raises:
+      ProfileError: it cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ProfileError(f"cannot write into {folder}: {error.strerror}; make the folder writable") from error
 
 
 def load_profile(folder: str | os.PathLike[str]) -> Profile | None:

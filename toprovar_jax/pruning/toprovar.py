@@ -43,11 +43,11 @@ class ToProVAR(Policy):
         A run follows the earliest until a scale shows that it has not crossed the threshold, then the next one. A
         plan saves updates at the scale before its start, which is all that the scales before tell them apart by.
         """
-        self.profile.check_fits(depth, None)
+        self.profile.check_depth(depth)
         first = self._first_start(schedule)
         if not self.use_scale:
-            return (self._plan_from(first, schedule),)
-        plans = [self._plan_from(start, schedule) for start in range(first, len(schedule))]
+            return (self.plan_from(first, schedule),)
+        plans = [self.plan_from(start, schedule) for start in range(first, len(schedule))]
         return tuple(dict.fromkeys([*plans, Plan.dense(schedule, depth)]))
 
     def _first_start(self, schedule: ScaleSchedule) -> int:
@@ -123,7 +123,7 @@ class ToProVAR(Policy):
         spans = [run.span if own else (0, plan.depth) for run in step.scored_runs]
         return jnp.stack([jnp.mean(relative[start:stop], axis=0) for start, stop in spans])
 
-    def _plan_from(self, first: int, schedule: ScaleSchedule) -> Plan:
+    def plan_from(self, first: int, schedule: ScaleSchedule) -> Plan:
         """The plan that saves work from a scale on, or from the next one that has work to save."""
         dense = Plan.dense(schedule, len(self.profile.layer_scores))
         pruned = tuple(self._pruned_scale(schedule, scale) for scale in range(first, len(schedule)))

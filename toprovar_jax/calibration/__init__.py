@@ -1,0 +1,1 @@
+"""Calibration: prompts and a target in, ToProVAR's settings for a checkpoint out."""

@@ -1,0 +1,117 @@
+"""Trials: the same pictures drawn again under candidate settings, and what that saves."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from toprovar_jax.calibration.candidates import Candidate
+from toprovar_jax.calibration.observation import Observation, Request, observe
+from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.flops import PlanCost
+from toprovar_jax.pruning.plan import Plan
+from toprovar_jax.pruning.profile import Profile, Source
+from toprovar_jax.pruning.toprovar import ToProVAR
+from toprovar_jax.schedule import ScaleSchedule
+from toprovar_jax.similarity import structural_similarity
+
+_LARGEST_ALPHA = 16.0
+_ALPHA_STEPS = 16
+# A candidate that saves more than this times as much before it has pruned a token is not what the target asks for.
+_LARGEST_EXCESS = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class _FromOneScale(ToProVAR):
+    """Pruning from a given scale on. Its cache has room for a full run, so that trials share their full scales."""
+
+    def plans(self, schedule: ScaleSchedule, depth: int) -> tuple[Plan, ...]:
+        plans = super().plans(schedule, depth)
+        return tuple(dict.fromkeys([*plans, Plan.dense(schedule, depth)]))
+
+
+class Trials:
+    """Draws pictures in full once, and then under candidate settings.
+
+    Args:
+      pipe: the checkpoint, with a tokenizer.
+      requests: the pictures.
+    """
+
+    def __init__(self, pipe: InfinityPipeline, requests: Sequence[Request]):
+        assert pipe.tokenizer is not None
+        self._pipe = pipe
+        self._requests = requests
+        self._text_tokens = max(pipe.tokenizer.encode(request.prompts).tokens.shape[1] for request in requests)
+        self._similarities: dict[tuple[Plan, Source, int], np.ndarray] = {}
+        self._costs: dict[Plan, int] = {}
+        self.observed: Observation = observe(pipe, requests)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that the pictures are drawn in."""
+        return len(self._requests)
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of a full run."""
+        return len(self.observed.schedule)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the transformer."""
+        return self._pipe.config.transformer.depth
+
+    def _cost(self, plan: Plan) -> int:
+        if plan not in self._costs:
+            config, guided = self._pipe.config.transformer, self.observed.guided
+            cost = PlanCost(config, plan, guided=guided, text_tokens=self._text_tokens)
+            self._costs[plan] = cost.loop().total
+        return self._costs[plan]
+
+    def speedup(self, profile: Profile, starts: Collection[int]) -> float:
+        """Operations saved by pictures that start at these scales; the number of scales stands for never."""
+        policy = ToProVAR(profile)
+        costs = {start: self._cost(policy.plan_from(start, self.observed.schedule)) for start in set(starts)}
+        return self._cost(Plan.dense(self.observed.schedule, self.depth)) / float(
+            np.mean([costs[start] for start in starts])
+        )
+
+    def similarity(self, profile: Profile, start: int, num_batches: int) -> Float[np.ndarray, "pictures"]:
+        """SSIM to the full pictures, of those of the first batches, when all start at one scale.
+
+        Args:
+          profile: the settings; its threshold is not asked.
+          start: the scale; the number of scales for never.
+          num_batches: how many.
+        """
+        return np.concatenate([self._batch_similarity(profile, start, index) for index in range(num_batches)])
+
+    def _batch_similarity(self, profile: Profile, start: int, index: int) -> Float[np.ndarray, "pictures"]:
+        request, schedule = self._requests[index], self.observed.schedule
+        policy = _FromOneScale(dataclasses.replace(profile, usual_scales=len(schedule) - start), use_scale=False)
+        plan, size = policy.plan_from(start, schedule), len(request.seeds)
+        if plan == Plan.dense(schedule, self.depth):
+            return np.ones(size)
+        key = (plan, profile.source, index)
+        if key not in self._similarities:
+            output = self._pipe(request.prompts, seed=request.seeds, output_type="np", policy=policy)
+            full = self.observed.pictures[index * size : (index + 1) * size]
+            self._similarities[key] = np.asarray(structural_similarity(np.asarray(output.images), full))
+        return self._similarities[key]
+
+    def solve(self, candidate: Candidate, speedup: float, starts: Collection[int]) -> Profile | None:
+        """The smallest alpha_max that reaches a speed-up; None where none does, or where none stays near it."""
+        low, high = 0.0, _LARGEST_ALPHA
+        if self.speedup(candidate.profile(high), starts) < speedup:
+            return None
+        if self.speedup(candidate.profile(low), starts) > _LARGEST_EXCESS * speedup:
+            return None
+        for _ in range(_ALPHA_STEPS):
+            middle = (low + high) / 2
+            if self.speedup(candidate.profile(middle), starts) < speedup:
+                low = middle
+            else:
+                high = middle
+        return candidate.profile(high)
