@@ -20,6 +20,7 @@ from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import random_parameters
 from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.profile import Profile
 from toprovar_jax.text import Tokenizer
 
 
@@ -35,6 +36,26 @@ def full_size_config(model: str, text_encoder: T5Config | None = None) -> Checkp
     vae = VAEConfig(code_dim=transformer.code_dim, channel_multipliers=levels)
     defaults = GenerationDefaults(guidance_scale=4.0, temperature=0.5)
     return CheckpointConfig(transformer, vae, text_encoder, defaults)
+
+
+def aggressive_profile(model: str) -> Profile:
+    """A ToProVAR profile that saves as much as the paper reports, for models that nothing can be calibrated on.
+
+    The inner layers of the last five scales keep half of their tokens; the last two scales of 2B, the last one of
+    others are dropped. Every image starts at once, but only after a look at it: a focused share is never below 0.
+    """
+    depth = ARCHITECTURES[model].depth
+    dense = depth // 8
+    return Profile(
+        layer_scores=(0.0,) * dense + (1.0,) * (depth - 2 * dense) + (0.0,) * dense,
+        tau=0.0,
+        crossing="above",
+        prunable_scales=5,
+        usual_scales=5,
+        dropped_scales=2 if model == "infinity_2b" else 1,
+        alpha_min=0.5,
+        alpha_max=0.5,
+    )
 
 
 def word_tokenizer() -> Tokenizer:

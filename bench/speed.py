@@ -24,6 +24,8 @@ from toprovar_jax import command_line
 from toprovar_jax.errors import InputError
 from toprovar_jax.pruning.policies import POLICIES
 
+POLICY_NAMES = (*POLICIES, "toprovar")
+
 
 def result_name(case: Case) -> str:
     """Name of the JSON file of a case, without its ending."""
@@ -144,7 +146,7 @@ def main() -> None:
             cache_dir=values.cache_dir,
             profile=values.profile,
         )
-        for policy in (POLICIES if values.compare else [values.policy])
+        for policy in (POLICY_NAMES if values.compare else [values.policy])
     ]
     results = [time_case(case, out) for case in cases]
     if values.compare:
@@ -153,7 +155,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "infinity_2b", "Architecture, for random weights, or a checkpoint's folder.")
-    flags.DEFINE_string("policy", "dense", f"One of {', '.join(POLICIES)}, or a plan's JSON file.")
+    flags.DEFINE_string("policy", "dense", f"One of {', '.join(POLICY_NAMES)}, or a plan's JSON file.")
     flags.DEFINE_bool("compare", False, "Times all policies and prints a table of them.")
     flags.DEFINE_string("pixels", "1M", "Pixel budget.")
     flags.DEFINE_integer("batch", 1, "Images at once.", lower_bound=1)

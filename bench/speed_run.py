@@ -18,11 +18,14 @@ import numpy as np
 
 from bench import kernel_profile, report
 from bench.floors import stage_floors
-from bench.full_size import load_pipeline
+from bench.full_size import aggressive_profile, load_pipeline
 from bench.stage_clock import time_stages
+from toprovar_jax.config import ARCHITECTURES
 from toprovar_jax.errors import InputError
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.pruning.policy import Policy
+from toprovar_jax.pruning.toprovar import ToProVAR
 
 # 19 words: 20 tokens with the end of the sequence.
 PROMPT = "a small red fox and a large blue owl read an old map under a tall oak at dawn"
@@ -75,7 +78,10 @@ class Misses:
 
 def generate(pipe: InfinityPipeline, case: Case) -> PipelineOutput:
     """One call of the pipeline, prompts to uint8 pixels on the host."""
-    return pipe([PROMPT] * case.batch, policy=case.policy, pixels=case.pixels, output_type="np")
+    policy: str | Policy = case.policy
+    if case.policy == "toprovar" and case.model in ARCHITECTURES:
+        policy = ToProVAR(aggressive_profile(case.model))
+    return pipe([PROMPT] * case.batch, policy=policy, pixels=case.pixels, output_type="np")
 
 
 def require_sane(output: PipelineOutput) -> None:

@@ -15,12 +15,12 @@ import pytest
 
 from bench import kernel_profile, speed, speed_run, stage_clock
 from bench.floors import decoder_work, stage_floors
-from bench.full_size import full_size_config, load_pipeline, word_tokenizer
+from bench.full_size import aggressive_profile, full_size_config, load_pipeline, word_tokenizer
 from bench.kernel_profile import Kernel
 from tests import tiny
 from toprovar_jax import checkpoint
 from toprovar_jax.batch_programs import decode_pixels
-from toprovar_jax.config import T5Config
+from toprovar_jax.config import ARCHITECTURES, T5Config
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
@@ -28,7 +28,9 @@ from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.output import PipelineOutput, Timings
 from toprovar_jax.programs import Programs, Recipe
+from toprovar_jax.pruning.flops import PlanCost
 from toprovar_jax.pruning.plan import Plan
+from toprovar_jax.pruning.toprovar import ToProVAR
 from toprovar_jax.schedule import Grid, scale_schedule
 
 
@@ -171,6 +173,19 @@ def test_floors_of_the_release_are_those_of_its_shapes():
     counted = jax.jit(decode).lower(params["vae"], shape).cost_analysis()["flops"]
     assert decoder_work(params["vae"]["decoder"], 32 * 32) == pytest.approx(counted, rel=0.01)
     assert floors["decoder"] == pytest.approx(1e3 * decoder_work(params["vae"]["decoder"], 64 * 64) / 790e12)
+
+
+@pytest.mark.parametrize(("model", "speedup"), [("infinity_2b", 4.56), ("infinity_8b", 2.7)])
+def test_the_aggressive_profile_saves_what_the_paper_reports(model, speedup):
+    config, schedule = ARCHITECTURES[model], scale_schedule()
+
+    def loop_floor(plan):
+        cost = PlanCost(config, plan)
+        return sum(cost.floor_seconds(scale) for scale in range(len(schedule)))
+
+    plan = ToProVAR(aggressive_profile(model)).plans(schedule, config.depth)[0]
+    dense = Plan.dense(schedule, config.depth)
+    assert loop_floor(dense) / loop_floor(plan) == pytest.approx(speedup, rel=0.01)
 
 
 def test_an_unknown_model_is_named():
