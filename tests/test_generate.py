@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,6 @@ def run_here(capsys):
         ),
         (["--prompt", " "], "the prompt is empty: say what to draw"),
         (["--prompt_file", "missing.txt"], "cannot read the prompts of missing.txt as UTF-8 text"),
-        (["--prompt", "a"], "no checkpoint: pass --checkpoint DIR, a folder written by `python -m convert`"),
         (["--prompt", "a", "--checkpoint", "nowhere"], "no checkpoint folder at nowhere: make one with"),
         (["--prompt", "a", "--colour", "red"], "Unknown command line flag 'colour'"),
         (["--prompt", "a", "--seed", "x"], "flag --seed=x"),
@@ -192,6 +192,27 @@ def test_impossible_settings_write_nothing(folder, capsys, arguments, message, t
     assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pixels", "9M"], "unknown pixel budget '9M': choose one of 0.06M, 0.25M, 0.60M, 1M"),
+        (["--height", "64"], "height and width belong together: pass both, or aspect_ratio instead"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0: use top_k=1 for greedy sampling"),
+        (["--seed", "-1"], "seeds must lie between 0 and 2**32 - 1, got -1"),
+        (["--num_images", "0"], "num_images_per_prompt must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_impossible_settings_are_found_before_the_weights_are_loaded(
+    folder, run_here, arguments, message, tmp_path
+):
+    unloadable = shutil.copytree(folder, tmp_path / "checkpoint")
+    for weights in unloadable.rglob("ocdbt.process_0/d/*"):
+        weights.write_bytes(bytes(weights.stat().st_size))
+    common = ("--prompt", "a", "--checkpoint", unloadable, "--output_dir", tmp_path / "images")
+    assert run_here(*common, *arguments) == (2, f"error: {message}\n")
+    assert "not the recorded SHA-256" in run_here(*common)[1]
 
 
 def test_an_unwritable_folder_is_found_before_anything_is_loaded(run_here, tmp_path):

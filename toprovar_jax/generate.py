@@ -1,4 +1,4 @@
-"""Generates images: python -m toprovar_jax.generate --checkpoint DIR --prompt TEXT
+"""Generates images: python -m toprovar_jax.generate [--checkpoint DIR] --prompt TEXT
 
 Writes one PNG per image, with prompt, seed, settings and the checkpoint's digest as text chunks.
 """
@@ -7,22 +7,27 @@ import contextlib
 import functools
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 from absl import flags
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from toprovar_jax import command_line
+from toprovar_jax import command_line, request
+from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.errors import InputError
+from toprovar_jax.manifest import load_manifest
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
-from toprovar_jax.pruning.policies import POLICIES, resolve_policy
+from toprovar_jax.pruning.policies import POLICY_NAMES, resolve_policy
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder written by `python -m convert`.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", str(EMBEDDED), "Folder written by `python -m convert`; default: the model in the package."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Text file with one prompt per line.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "images", "Folder for the PNG files; made where missing.")
@@ -38,7 +43,9 @@ _WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, with --height, in
 _PIXELS = flags.DEFINE_string(
     "pixels", None, "Pixel budget: 0.06M, 0.25M, 0.60M or 1M; default: the checkpoint's."
 )
-_POLICY = flags.DEFINE_string("policy", "dense", f"What to prune: {', '.join(POLICIES)}, or a plan's JSON file.")
+_POLICY = flags.DEFINE_string(
+    "policy", "dense", f"What to prune: {', '.join(POLICY_NAMES)}, or a plan's JSON file."
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.")
 
 
@@ -46,11 +53,10 @@ def main() -> None:
     """Reads the flags, generates, writes the files and prints one line of timings per prompt."""
     prompts = _prompts()
     # Unknown names and files that are no plans are found before anything is loaded.
-    policy = _POLICY.value if _POLICY.value in POLICIES else resolve_policy(_POLICY.value)
-    if _CHECKPOINT.value is None:
-        raise InputError("no checkpoint: pass --checkpoint DIR, a folder written by `python -m convert`")
+    policy = _POLICY.value if _POLICY.value in POLICY_NAMES else resolve_policy(_POLICY.value)
     with _output_folder(Path(_OUTPUT_DIR.value)) as folder:
-        _use_compilation_cache()
+        command_line.use_compilation_cache()
+        _check_settings(load_manifest(_CHECKPOINT.value).config)
         pipe = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
         for index, prompt in enumerate(prompts):
             with _progress_bar() as show:
@@ -80,14 +86,35 @@ def _prompts() -> list[str]:
         return [prompt]
     if file is None or prompt is not None:
         raise InputError("pass what to draw with --prompt TEXT or --prompt_file FILE, one of the two")
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the prompts of {file} as UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{file} holds no prompt: write one per line")
-    return prompts
+    return command_line.read_prompts(file)
+
+
+def _check_settings(config: CheckpointConfig) -> None:
+    """Finds out before the weights are loaded whether the pipeline will refuse the flags.
+
+    Raises:
+      InputError: it will.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pipeline gives the same ones
+        geometry = request.resolve_geometry(
+            config,
+            height=_HEIGHT.value,
+            width=_WIDTH.value,
+            aspect_ratio=_ASPECT_RATIO.value,
+            pixels=_PIXELS.value,
+            schedule=None,
+            rope=None,
+        )
+    request.resolve_settings(
+        config,
+        len(geometry.schedule),
+        guidance_scale=_GUIDANCE_SCALE.value,
+        temperature=_TEMPERATURE.value,
+        top_k=None,
+        top_p=None,
+    )
+    request.resolve_seeds(_SEED.value, request.resolve_count("num_images_per_prompt", _NUM_IMAGES.value))
 
 
 @contextlib.contextmanager
@@ -119,14 +146,6 @@ def _progress_bar() -> Iterator[Callable[[int, int], object]]:
             lambda num_scales: stack.enter_context(tqdm(desc="scales", unit="scale", total=num_scales))
         )
         yield lambda _, num_scales: bar(num_scales).update()
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in a folder of the user's, so that only the first run of a model compiles."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(root) / "toprovar_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _write(output: PipelineOutput, pipe: InfinityPipeline, prompt: str, folder: Path, index: int) -> list[Path]:
