@@ -80,16 +80,16 @@ def test_the_command_prints_the_table_and_writes_json_and_sheet(checkpoint, tmp_
     assert (record["guidance_scale"], record["temperature"]) == (3.0, 1.5)
     assert len(record["right"]) == record["scores"]["overall"]["count"] == 144
     with Image.open(output.with_suffix(".png")) as sheet:
-        assert sheet.size == (4 * 64, 4 * (64 + 32))
+        assert sheet.size == (4 * 64, 4 * (64 + 48))
 
 
 def test_the_sheet_shows_pictures_in_rows_of_four_with_labels():
     pictures = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (10, 20, 30, 40, 50)])
     sheet = np.asarray(assess.draw_sheet(pictures, ["a label of several words"] * 5))
-    assert sheet.shape == (2 * (64 + 32), 4 * 64, 3)
+    assert sheet.shape == (2 * (64 + 48), 4 * 64, 3)
     assert sheet[10, 3 * 64 + 10].tolist() == [40, 40, 40]
-    assert sheet[64 + 32 + 10, 10].tolist() == [50, 50, 50]
-    assert (sheet[64:96, :64] < 128).any()
+    assert sheet[64 + 48 + 10, 10].tolist() == [50, 50, 50]
+    assert (sheet[64:112, :64] < 128).any()
 
 
 def test_the_sheet_is_spread_over_the_prompts():
@@ -120,11 +120,11 @@ def test_the_best_settings_are_the_first_of_the_highest_score():
 
 def test_the_readme_sheet_shows_sixteen_prompts_with_the_first_seeds(pipeline):
     made = np.asarray(sheet.make_sheet(pipeline))
-    assert made.shape == (4 * (64 + 32), 4 * 64, 3)
+    assert made.shape == (4 * (64 + 48), 4 * 64, 3)
     evaluation = prompts.load_prompts("evaluation")
     last = evaluation[assess.sheet_order(evaluation)[15]].text
     alone = pipeline(last, seed=15, output_type="np").images[0]
-    np.testing.assert_array_equal(made[-64 - 32 : -32, -64:], alone)
+    np.testing.assert_array_equal(made[-64 - 48 : -48, -64:], alone)
 
 
 def test_a_word_outside_the_world_still_gives_a_picture_and_says_what_there_is(pipeline):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from bench.scenes import detector, score
@@ -15,7 +15,8 @@ from toprovar_jax.pruning.plan import Plan
 
 _SHEET_PICTURES = 16
 _SHEET_COLUMNS = 4
-_LABEL_HEIGHT = 32
+_LABEL_HEIGHT = 48  # three lines
+_FONT_SIZE = 13
 
 
 def generate(
@@ -52,19 +53,19 @@ def draw_sheet(pictures: np.ndarray, labels: Sequence[str]) -> Image.Image:
     height, width = pictures.shape[1:3]
     rows = -(-len(pictures) // _SHEET_COLUMNS)
     sheet = Image.new("RGB", (_SHEET_COLUMNS * width, rows * (height + _LABEL_HEIGHT)), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
     for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         left = index % _SHEET_COLUMNS * width
         top = index // _SHEET_COLUMNS * (height + _LABEL_HEIGHT)
         sheet.paste(Image.fromarray(picture), (left, top))
-        pen.text((left + 2, top + height + 2), _wrap(label, width // 6), fill="black")
+        pen.text((left + 3, top + height + 1), _wrap(label, font, width - 6), fill="black", font=font, spacing=1)
     return sheet
 
 
-def _wrap(text: str, columns: int) -> str:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     lines = [""]
     for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > columns and lines[-1]:
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] += f" {word}" if lines[-1] else word
     return "\n".join(lines)
