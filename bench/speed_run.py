@@ -171,9 +171,13 @@ def run(case: Case) -> dict[str, Any]:
         return result
     result |= measure(pipe, case)
     if case.profile:
-        print(json.dumps(result), file=sys.stderr, flush=True)  # what is known, should the profiler fail
+        _write(case, result)  # should the profiler fail
         result["profile"] = kernel_profile.profile(pipe.programs, lambda: generate(pipe, case))
     return result
+
+
+def _write(case: Case, result: dict[str, Any]) -> None:
+    Path(case.out).write_text(json.dumps(result), encoding="utf-8")
 
 
 def main() -> None:
@@ -184,7 +188,7 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(INPUT_ERROR_CODE)
-    Path(case.out).write_text(json.dumps(result), encoding="utf-8")
+    _write(case, result)
 
 
 if __name__ == "__main__":
