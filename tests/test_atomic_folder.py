@@ -158,7 +158,7 @@ def test_targets_that_must_not_be_replaced(tmp_path):
     (tmp_path / "file").write_text("")
     for name, overwrite, message in [
         ("old", False, "exists already: choose another folder or pass --overwrite"),
-        ("photos", True, "holds other files and is no checkpoint: choose another folder"),
+        ("photos", True, "holds other files and no marker: choose another folder"),
         ("file", True, "is a file, not a folder: choose another name"),
         ("file/below", False, "cannot write .*below: .*file is a file; choose another folder"),
         (".out.partial", False, "has an ending kept for unfinished folders: choose another name"),

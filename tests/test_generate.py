@@ -1,6 +1,5 @@
 """The command: files it writes, what it prints, and one line with exit code 2 for every mistake."""
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from toprovar_jax import checkpoint, command_line, generate
 from toprovar_jax.manifest import load_manifest
 from toprovar_jax.pruning.fastvar import FastVAR
 from toprovar_jax.schedule import scale_schedule
+from toprovar_jax.visualization.folder import FIGURES
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +95,24 @@ def test_two_runs_write_identical_pixels_and_the_second_is_warm(folder, tmp_path
         }
 
 
-def test_a_policy_and_its_plan_write_the_same_picture(folder, tmp_path):
-    """The plan as a file needs no other programs, so the second run is warm."""
-    (plan,) = FastVAR().plans(scale_schedule(pixels="0.06M"), tiny.CONFIG.transformer.depth)
-    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+def test_a_policy_and_the_plan_of_its_trace_write_the_same_picture(folder, tmp_path):
     pictures = []
-    for policy in ("fastvar", tmp_path / "plan.json"):
+    trace = tmp_path / "trace" / "image_0000_seed_0"
+    for policy, *more in (("fastvar", "--save_trace", trace.parent), (trace / "plan.json",)):
         out = tmp_path / Path(policy).stem
         arguments = ("--checkpoint", folder, "--prompt", "a red cat", "--policy", policy, "--output_dir", out)
-        run = run_command(*arguments, cache=tmp_path / "cache")
+        run = run_command(*arguments, *more, cache=tmp_path / "cache")
         assert run.returncode == 0, run.stderr
+        assert (str(trace) in run.stdout.splitlines()) == bool(more)
         assert ", 5 scales " in run.stdout
         assert "7/7" in run.stderr
         with Image.open(out / "image_0000_seed_0.png") as image:
             assert image.text["policy"] == str(policy)
             pictures.append(np.asarray(image))
     np.testing.assert_array_equal(*pictures)
+    assert {path.name for path in trace.iterdir()} == {*FIGURES, "plan.txt", "plan.json"}
+    (plan,) = FastVAR().plans(scale_schedule(pixels="0.06M"), tiny.CONFIG.transformer.depth)
+    assert (trace / "plan.txt").read_text() == plan.table() + "\n"
 
 
 @pytest.fixture
@@ -215,14 +217,16 @@ def test_impossible_settings_are_found_before_the_weights_are_loaded(
     assert "not the recorded SHA-256" in run_here(*common)[1]
 
 
-def test_an_unwritable_folder_is_found_before_anything_is_loaded(run_here, tmp_path):
+@pytest.mark.parametrize("flag", ["--output_dir", "--save_trace"])
+def test_an_unwritable_folder_is_found_before_anything_is_loaded(run_here, flag, tmp_path):
     (tmp_path / "file").write_text("")
     code, error = run_here(
-        "--prompt", "a", "--checkpoint", "nowhere", "--output_dir", tmp_path / "file" / "images"
+        "--prompt", "a", "--checkpoint", "nowhere", "--output_dir", tmp_path / "a", flag, tmp_path / "file" / "b"
     )
     assert code == 2
     assert "cannot write to the output folder" in error
-    assert "choose another --output_dir" in error
+    assert f"choose another {flag}" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_image_that_cannot_be_written_leaves_nothing_half_written(folder, tmp_path, tmp_path_factory):

@@ -38,7 +38,7 @@ def check_target(target: Path, *, marker: str, overwrite: bool) -> None:
                 raise InputError(f"{target} is a file, not a folder: choose another name")
             if any(target.iterdir()):
                 if not (target / marker).is_file():
-                    raise InputError(f"{target} holds other files and is no checkpoint: choose another folder")
+                    raise InputError(f"{target} holds other files and no {marker}: choose another folder")
                 if not overwrite:
                     raise InputError(f"{target} exists already: choose another folder or pass --overwrite")
         parent = next(parent for parent in target.absolute().parents if parent.exists())

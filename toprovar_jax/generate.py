@@ -24,6 +24,8 @@ from toprovar_jax.manifest import load_manifest
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.pruning.policies import POLICY_NAMES, resolve_policy
+from toprovar_jax.visualization.folder import write_trace
+from toprovar_jax.visualization.measurements import PictureTrace, picture_trace
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", str(EMBEDDED), "Folder written by `python -m convert`; default: the model in the package."
@@ -46,6 +48,12 @@ _PIXELS = flags.DEFINE_string(
 _POLICY = flags.DEFINE_string(
     "policy", "dense", f"What to prune: {', '.join(POLICY_NAMES)}, or a plan's JSON file."
 )
+_SAVE_TRACE = flags.DEFINE_string(
+    "save_trace",
+    None,
+    "Folder for what pruning saw and did: per image a folder with entropy maps, pruned tokens, focused shares, "
+    "layer scores and the plan.",
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.")
 
 
@@ -54,10 +62,15 @@ def main() -> None:
     prompts = _prompts()
     # Unknown names and files that are no plans are found before anything is loaded.
     policy = _POLICY.value if _POLICY.value in POLICY_NAMES else resolve_policy(_POLICY.value)
-    with _output_folder(Path(_OUTPUT_DIR.value)) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_output_folder(Path(_OUTPUT_DIR.value), "--output_dir"))
+        trace_folder = None
+        if _SAVE_TRACE.value is not None:
+            trace_folder = stack.enter_context(_output_folder(Path(_SAVE_TRACE.value), "--save_trace"))
         command_line.use_compilation_cache()
         _check_settings(load_manifest(_CHECKPOINT.value).config)
         pipe = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
+        policy = resolve_policy(policy, pipe.folder, pipe.checkpoint_digest)
         for index, prompt in enumerate(prompts):
             with _progress_bar() as show:
                 output = pipe(
@@ -71,10 +84,13 @@ def main() -> None:
                     width=_WIDTH.value,
                     pixels=_PIXELS.value,
                     policy=policy,
+                    trace=trace_folder is not None,
                     callback_on_scale_end=show,
                 )
-            for path in _write(output, pipe, prompt, folder, index):
+            for i, path in enumerate(_write(output, pipe, prompt, folder, index)):
                 print(path)
+                if trace_folder is not None:
+                    print(_write_trace(picture_trace(output, policy, i), trace_folder / path.stem))
             print(_timings_line(output))
 
 
@@ -118,8 +134,8 @@ def _check_settings(config: CheckpointConfig) -> None:
 
 
 @contextlib.contextmanager
-def _output_folder(folder: Path) -> Iterator[Path]:
-    """Makes the folder and finds out that it can be written; a run that fails leaves no empty folders behind."""
+def _output_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Makes a flag's folder and finds out that it can be written; a run that fails leaves no empty ones behind."""
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +143,7 @@ def _output_folder(folder: Path) -> Iterator[Path]:
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write to the output folder {folder} ({error.strerror}): choose another --output_dir"
+            f"cannot write to the output folder {folder} ({error.strerror}): choose another {flag}"
         ) from error
     try:
         yield folder
@@ -179,6 +195,15 @@ def _write(output: PipelineOutput, pipe: InfinityPipeline, prompt: str, folder: 
             ) from error
         paths.append(path)
     return paths
+
+
+def _write_trace(trace: PictureTrace, folder: Path) -> Path:
+    try:
+        return write_trace(trace, folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder} ({error.strerror}): make room for it or choose another --save_trace"
+        ) from error
 
 
 def _timings_line(output: PipelineOutput) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.pruning import entropy as measures
@@ -89,13 +89,16 @@ class ToProVAR(Policy):
         start = _start(plan)
         if start is None or scale + 1 < start:
             return plan
-        # float32 as the shares are, so that a share of exactly tau has reached it.
-        tau, shares = np.float32(self.profile.tau), np.stack(list(reports.values()))
-        crossed = shares >= tau if self.profile.crossing == "above" else shares <= tau
-        if crossed.any(axis=0).all():
+        if self.crosses(np.stack(list(reports.values()))).any(axis=0).all():
             return plan
         plans = self.plans(plan.schedule, plan.depth)
         return plans[plans.index(plan) + 1]
+
+    def crosses(self, shares: Float[np.ndarray, "*batch"]) -> Bool[np.ndarray, "*batch"]:
+        """Whether focused shares let pruning start."""
+        # float32 as the shares are, so that a share of exactly tau has reached it.
+        tau = np.float32(self.profile.tau)
+        return shares >= tau if self.profile.crossing == "above" else shares <= tau
 
     def score_scales(self, plan: Plan, scale: int) -> tuple[int, ...]:
         if plan.restore_scale is None or scale <= plan.restore_scale or not self._scores_tokens():
