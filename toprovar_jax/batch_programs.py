@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 from toprovar_jax.batch import Batch
 from toprovar_jax.config import CheckpointConfig, VAEConfig
 from toprovar_jax.models.bsq_vae import BSQVAE
+from toprovar_jax.models.infinity import TextContext
 from toprovar_jax.models.skeleton import Parameters, bind
 from toprovar_jax.programs import Recipe
 from toprovar_jax.pruning.plan import Plan, ScaleStep
@@ -116,6 +117,14 @@ class _Builder:
             else None,
         )
 
+    @functools.cached_property
+    def _start_shapes(self) -> tuple[LoopState, tuple[jax.ShapeDtypeStruct, ...]]:
+        return self._start.output_shapes()
+
+    @functools.cached_property
+    def _context_shapes(self) -> TextContext:
+        return self._context.output_shapes()
+
     def _add(self, *key: Hashable, recipe: Callable[[], Recipe]) -> Hashable:
         self.recipes[key] = recipe
         return key
@@ -173,8 +182,8 @@ class _Builder:
 
     def _scale_recipe(self, loop: LoopConfig, scale: int, entropy_layers: tuple[int, ...]) -> Recipe:
         batch, step = self._batch, loop.step(scale)
-        _, draws = self._start.output_shapes()
-        context = self._context.output_shapes()
+        _, draws = self._start_shapes
+        context = self._context_shapes
         if loop.guided and not step.guided:
             context = _with_rows(context, batch.size)
         scores = None
@@ -202,7 +211,7 @@ class _Builder:
     def _cut_recipe(self, loop: LoopConfig, scale: int) -> Recipe:
         state = self._state_shapes(loop, scale)
         cache, saved = _with_rows((state.cache, state.saved), 2 * self._batch.size)
-        arguments = (cache, saved, self._context.output_shapes())
+        arguments = (cache, saved, self._context_shapes)
         return Recipe(drop_unconditional_rows, arguments, {"batch": self._batch.size})
 
     def _scores_recipe(self, loop: LoopConfig, scale: int) -> Recipe:
@@ -233,7 +242,7 @@ class _Builder:
         )
 
     def _decode_recipe(self) -> Recipe:
-        state, _ = self._start.output_shapes()
+        state, _ = self._start_shapes
         static = {"config": self._config.vae, "dtype": self._dtype}
         return Recipe(decode_pixels, (self._params["vae"], state.code_map), static)
 

@@ -9,13 +9,16 @@ Source: docs/spec/infinity.md, sections 3 and 4. Precision: `precision.py`. Shap
 guidance (conditional rows first); tokens = tokens of the scales at hand; bits = bits that one token predicts.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from pallas_kernels import flash_attention_entropy
 from toprovar_jax.config import InfinityConfig
@@ -289,17 +292,28 @@ def append_and_attend(cache: KeyValue, length: int, return_entropy: bool = False
 
     The buffers keep their capacity, so a donated cache is updated in place; only the valid prefix is attended to.
     """
+    return Partial(_AppendAndAttend(length, return_entropy), cache)
 
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
+
+@dataclasses.dataclass(frozen=True)
+class _AppendAndAttend:
+    length: int
+    return_entropy: bool
+
+    def __call__(self, cache: KeyValue, query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
         update = jax.lax.dynamic_update_slice_in_dim
-        entry = KeyValue(update(cache.key, key, length, axis=1), update(cache.value, value, length, axis=1))
-        kv_length = length + query.shape[1]
+        entry = KeyValue(
+            update(cache.key, key, self.length, axis=1), update(cache.value, value, self.length, axis=1)
+        )
         output, entropy, _ = flash_attention_entropy(
-            query, entry.key, entry.value, scale=1.0, kv_length=kv_length, return_entropy=return_entropy
+            query,
+            entry.key,
+            entry.value,
+            scale=1.0,
+            kv_length=self.length + query.shape[1],
+            return_entropy=self.return_entropy,
         )
         return output, Attended(entry, None if entropy is None else jnp.mean(entropy, axis=1))
-
-    return attend
 
 
 def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:
@@ -321,6 +335,21 @@ def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:
         return jnp.concatenate(outputs, axis=1), None
 
     return attend
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(
+    block: nnx.GraphDef,
+    params: PyTree,
+    x: Array,
+    modulation: Array,
+    text: KeyValue,
+    text_mask: Array,
+    rotation: Rotation,
+    attend: Partial,
+) -> tuple[Array, Any]:
+    """A block as a function, traced once for all layers of a scale that run alike."""
+    return nnx.merge(block, params)(x, modulation, text, text_mask, rotation, attend)
 
 
 class Infinity(nnx.Module):
@@ -395,13 +424,15 @@ class Infinity(nnx.Module):
           x: residual stream.
           context: the text.
           rotation: cos and sin of the tokens.
-          attend: how the tokens attend.
+          attend: how the tokens attend, as `Partial` of the arrays that it holds.
 
         Returns:
           The residual stream after the block, and what `attend` leaves besides its output.
         """
         modulation, text = context.modulation[layer], context.key_values[layer]
-        return self.blocks[layer](x, modulation, text, context.mask, rotation, attend)
+        block, params = nnx.split(self.blocks[layer])
+        result: tuple[Array, T] = _run_block(block, params, x, modulation, text, context.mask, rotation, attend)
+        return result
 
     def logits(
         self, x: Float[Array, "rows tokens channels"], context: TextContext
@@ -440,8 +471,9 @@ class Infinity(nnx.Module):
         )
         rotations = [rope.rotation(grid, rope_grid, config.head_dim, config.rope_mode) for grid in schedule]
         cos, sin = (jnp.concatenate(tables) for tables in zip(*rotations, strict=True))
+        attend = Partial(attend or attend_scale_by_scale(schedule))
         for layer in range(config.depth):
             if layer in config.level_layers:
                 x = x + levels
-            x, _ = self.run_block(layer, x, context, (cos, sin), attend or attend_scale_by_scale(schedule))
+            x, _ = self.run_block(layer, x, context, (cos, sin), attend)
         return self.logits(x, context)
