@@ -179,11 +179,11 @@ def _compare_transformers(
         parameters, jnp.asarray(features), jnp.asarray([_TEXT_TOKENS], jnp.int32)
     )
     settings = SamplingSettings(guidance_scale=_GUIDANCE_SCALE, temperature=1.0, top_k=0, top_p=0.0)
-    keys = jax.random.split(jax.random.key(0), 1)
+    draws = scale_loop.draw_all_scales(jax.random.split(jax.random.key(0), 1), loop)
     state = scale_loop.initial_state(loop, batch=1)
     for scale, record in enumerate(records):
         step = _jit(functools.partial(scale_loop.scale_step, loop=loop, scale=scale, record="activations"))
-        state, output = step(parameters, state, context, keys, settings, jnp.asarray(bits[scale]))
+        state, output = step(parameters, state, context, draws[scale], settings, jnp.asarray(bits[scale]))
         assert output.logits_raw is not None
         assert output.activations is not None
         for layer, expected in enumerate(record.block_outputs):
