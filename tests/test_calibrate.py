@@ -1,8 +1,6 @@
 """The command: every mistake in one line before any work, and a profile that the next run finds."""
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from tests import tiny
 from toprovar_jax import calibrate, checkpoint, command_line
@@ -22,12 +20,13 @@ def run_here(capsys, monkeypatch):
 
     def run(*arguments):
         code = 0
-        with flagsaver.flagsaver():
-            try:
-                command_line.run(calibrate.main, ["calibrate", *(str(part) for part in arguments)])
-            except SystemExit as stopped:
-                code = stopped.code
-        flags.FLAGS.unparse_flags()
+        try:
+            command_line.run(
+                calibrate.main, ["calibrate", *(str(part) for part in arguments)], flag_values=calibrate.FLAGS
+            )
+        except SystemExit as stopped:
+            code = stopped.code
+        calibrate.FLAGS.unparse_flags()
         captured = capsys.readouterr()
         return code, captured.err or captured.out
 

@@ -14,20 +14,32 @@ from toprovar_jax.manifest import load_manifest
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.pruning.profile import check_writable
 
+# Flags of its own: other commands have some of the same names.
+FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", str(EMBEDDED), "Folder written by `python -m convert`; default: the model in the package."
+    "checkpoint",
+    str(EMBEDDED),
+    "Folder written by `python -m convert`; default: the model in the package.",
+    flag_values=FLAGS,
 )
-_PROMPTS = flags.DEFINE_string("prompts", None, "Text file with one prompt per line, like those to be drawn.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "Text file with one prompt per line, like those to be drawn.", flag_values=FLAGS
+)
 _TARGET = flags.DEFINE_string(
     "target",
     "speedup=3.4",
     "speedup=N: N times fewer transformer operations, as similar to the full pictures as can be; ssim=N: the "
     "fewest operations at this mean similarity.",
+    flag_values=FLAGS,
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 24, "Pictures to judge by.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses prompts and pictures.", lower_bound=0, upper_bound=10**6)
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 24, "Pictures to judge by.", lower_bound=1, flag_values=FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1, flag_values=FLAGS)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Chooses prompts and pictures.", lower_bound=0, upper_bound=10**6, flag_values=FLAGS
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.", flag_values=FLAGS
+)
 
 
 def main() -> None:
@@ -54,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, flag_values=FLAGS)

@@ -16,7 +16,9 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
+def run(
+    main: Callable[[], None], argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS
+) -> None:
     """Parses flags, runs `main` and exits.
 
     Bad flags and `InputError` end in one line without a traceback and exit code 2; anything else is a defect and
@@ -25,14 +27,15 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
     Args:
       main: the command, reading its own flags.
       argv: program name and arguments; those of the process where None.
+      flag_values: where the command's flags are defined.
     """
     arguments = list(sys.argv if argv is None else argv)
     if any(argument in ("--help", "-help", "-h") for argument in arguments[1:]):
         print(sys.modules["__main__"].__doc__ or "")
-        print(flags.FLAGS.module_help("__main__"))
+        print(flag_values.module_help("__main__"))
         sys.exit(0)
     try:
-        unused = flags.FLAGS(arguments)
+        unused = flag_values(arguments)
         if len(unused) > 1:
             raise InputError(f"unexpected argument {unused[1]!r}: every input is given by a flag; see --help")
     except flags.Error as error:
