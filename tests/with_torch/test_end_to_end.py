@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.manifest import load_manifest
+
 ROOT = Path(__file__).parents[2]
 PROMPT = "a small red cat, left of a dog"
 
@@ -85,6 +88,8 @@ def test_the_wheel_generates_in_a_clean_environment_without_torch(checkpoint, ca
     found, file = run(python, "-c", listing, cwd=outside).rsplit(maxsplit=1)
     assert found == "[]"
     assert Path(file).is_relative_to(tmp_path / "environment")
+    embedded = "import toprovar_jax; print(toprovar_jax.InfinityPipeline.from_pretrained().checkpoint_digest)"
+    assert run(python, "-c", embedded, cwd=outside).strip() == load_manifest(EMBEDDED).digest
     image = generate(python, checkpoint, tmp_path / "images", cache, cwd=outside)
     assert image.shape == (256, 256, 3)
     assert image.std() > 1
