@@ -102,7 +102,7 @@ def test_every_policy_gets_all_files(run):
         assert (folder / "plan.txt").read_text() == output.plan.table() + "\n"
         assert pixels(folder, "focused_shares.png").shape == (44 + 320 + 64, 72 + 640 + 16, 3)
         # Two layers of 64 pixels, gaps of 4, and two rows of text above and one below.
-        assert pixels(folder, "entropy_by_layer.png").shape[0] == 16 + 52 + 2 * 68 + 16 + 26 + 16
+        assert pixels(folder, "entropy_by_layer.png").shape[0] == 16 + 52 + 2 * 68 + 16 + 44 + 16
     assert (folders[0] / "entropy_by_scale.png").read_bytes() != (folders[1] / "entropy_by_scale.png").read_bytes()
 
 

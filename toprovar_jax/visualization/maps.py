@@ -18,7 +18,7 @@ _MAP_SIDE, _MAPS_PER_ROW = 192, 6  # tiles of entropy maps
 _SMALL_SIDE, _SMALL_GAP, _LAYER_NAMES = 64, 4, 88  # tiles of the sheet by layers
 _PICTURE_SIDES, _PICTURES_PER_ROW = (256, 512), 5  # tiles of pruned tokens, as large as the picture within limits
 _LABEL_ROW, _NOTE_ROW = 26, 22
-_BAR_WIDTH, _BAR_HEIGHT, _BAR_GAP = 240, 14, 28
+_BAR_WIDTH, _BAR_HEIGHT = 240, 14
 _GREY, _VEIL = 200, 0.78  # what pruned tokens fade to, and how far
 
 
@@ -42,9 +42,9 @@ def entropy_by_scale(trace: PictureTrace) -> Image.Image:
         tiles.append(_Tile(_heat_map(values, span), f"scale {scale}", note))
     full = all(trace.full_layers(scale).all() for scale in maps)
     layers = "layers" if full else "layers that ran on all tokens"
-    caption = f"mean over {layers}, as a share of ln N for N keys in sight"
+    caption = f"attention entropy, mean over {layers}, as a share of ln N (N keys seen)"
     size = _tile_size(trace.picture, _MAP_SIDE)
-    canvas, bottom = _tiled(tiles, size, _MAPS_PER_ROW, (_color_bar_width(span, caption), _LABEL_ROW))
+    canvas, bottom = _tiled(tiles, size, _MAPS_PER_ROW, (text_width(caption, NOTE), 2 * _NOTE_ROW))
     _color_bar(canvas, _MARGIN, bottom, span, caption)
     return canvas.finish()
 
@@ -57,11 +57,12 @@ def entropy_by_layer(trace: PictureTrace) -> Image.Image:
     left, top = _MARGIN + _LAYER_NAMES, _MARGIN + 2 * _LABEL_ROW
     right = left + len(maps) * (width + _SMALL_GAP)
     bottom = top + trace.plan.depth * (height + _SMALL_GAP)
-    caption = "as a share of ln N for N keys in sight"
+    caption = "attention entropy, as a share of ln N (N keys seen)"
     if any(np.isnan(values).any() for values in maps.values()):
         caption += "; grey: did not run"
-    wide = 2 * _MARGIN + _color_bar_width(span, caption)
-    canvas = Canvas(max(right + _MARGIN, wide), bottom + _MARGIN + _LABEL_ROW + _MARGIN)
+    canvas = Canvas(
+        max(right, _MARGIN + text_width(caption, NOTE)) + _MARGIN, bottom + _MARGIN + 2 * _NOTE_ROW + _MARGIN
+    )
     canvas.text(left, _MARGIN + _LABEL_ROW / 2, "scale", "lm")
     for row in range(trace.plan.depth):
         y = top + row * (height + _SMALL_GAP)
@@ -90,7 +91,8 @@ def pruned_tokens(trace: PictureTrace) -> Image.Image:
     if trace.plan.selection == "variance" and trace.plan.restore_scale is not None:
         captions.append("shown: the choice of self-attention in the conditional row")
     low, high = _PICTURE_SIDES
-    size = _tile_size(trace.picture, min(max((*trace.picture.size, low)), high))
+    side = math.sqrt(trace.picture.width * trace.picture.height)
+    size = _tile_size(trace.picture, min(max(side, low), high))
     footer = max(text_width(caption, NOTE) for caption in captions), _NOTE_ROW * len(captions)
     canvas, bottom = _tiled(tiles, size, _PICTURES_PER_ROW, footer)
     for row, caption in enumerate(captions):
@@ -115,7 +117,7 @@ def _tiled(
 ) -> tuple[Canvas, float]:
     """Tiles in rows, each with its label and note below, and room for a footer; also where that begins."""
     width, height = size
-    column_width = max(width, *(math.ceil(text_width(tile.note, NOTE)) for tile in tiles))
+    column_width = max(width, *(math.ceil(text_width(tile.note, NOTE)) + _GAP for tile in tiles))
     num_rows = math.ceil(len(tiles) / per_row)
     per_row = math.ceil(len(tiles) / num_rows)  # as even as can be
     row_height = height + _LABEL_ROW + _NOTE_ROW + _GAP
@@ -131,8 +133,9 @@ def _tiled(
     return canvas, bottom
 
 
-def _tile_size(picture: Image.Image, long_side: int) -> tuple[int, int]:
-    factor = long_side / max(picture.size)
+def _tile_size(picture: Image.Image, side: float) -> tuple[int, int]:
+    """Width and height of a tile of the picture's shape, as large as a square of this side."""
+    factor = side / math.sqrt(picture.width * picture.height)
     return round(picture.width * factor), round(picture.height * factor)
 
 
@@ -148,27 +151,15 @@ def _common_range(maps: Sequence[Float[np.ndarray, "..."]]) -> tuple[float, floa
     return low, max(math.ceil(values.max(initial=0) * 20) / 20, low + 0.05)
 
 
-def _color_bar_texts(span: tuple[float, float]) -> tuple[str, str]:
-    return f"{span[0]:.2f}", f"{span[1]:.2f}"
-
-
-def _color_bar_width(span: tuple[float, float], caption: str) -> float:
-    low, high = _color_bar_texts(span)
-    texts = text_width(low, NOTE) + text_width(high, NOTE) + text_width(f"entropy, {caption}", NOTE)
-    return texts + _BAR_WIDTH + 16 + _BAR_GAP
-
-
 def _color_bar(canvas: Canvas, x: float, y: float, span: tuple[float, float], caption: str) -> None:
-    """The bar between its ends' values, and what they are."""
-    low, high = _color_bar_texts(span)
-    middle = y + _LABEL_ROW / 2
+    """The bar between its ends' values, and below it what they are."""
+    low, high = (f"{value:.2f}" for value in span)
+    middle, start = y + _NOTE_ROW / 2, x + text_width(low, NOTE) + 8
     canvas.text(x, middle, low, "lm", NOTE)
-    x += text_width(low, NOTE) + 8
     gradient = Image.fromarray(heat(np.linspace(0, 1, _BAR_WIDTH)[None]))
-    canvas.picture(gradient, x, middle - _BAR_HEIGHT / 2, (_BAR_WIDTH, _BAR_HEIGHT))
-    x += _BAR_WIDTH + 8
-    canvas.text(x, middle, high, "lm", NOTE)
-    canvas.text(x + text_width(high, NOTE) + _BAR_GAP, middle, f"entropy, {caption}", "lm", NOTE)
+    canvas.picture(gradient, start, middle - _BAR_HEIGHT / 2, (_BAR_WIDTH, _BAR_HEIGHT))
+    canvas.text(start + _BAR_WIDTH + 8, middle, high, "lm", NOTE)
+    canvas.text(x, middle + _NOTE_ROW, caption, "lm", NOTE)
 
 
 def _pruned_note(plan: Plan, scale: int, share: float) -> str:
