@@ -8,11 +8,7 @@ JOBS ?= 2
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m bench.synthetic_checkpoint --out $(DEMO)/official --overwrite
-	$(BIN)/python -m convert --transformer $(DEMO)/official/transformer.pth --vae $(DEMO)/official/vae.pth \
-	  --text_encoder $(DEMO)/official/text_encoder --out $(DEMO)/checkpoint --overwrite
-	$(BIN)/python -m toprovar_jax.generate --checkpoint $(DEMO)/checkpoint --prompt "a small synthetic demo" \
-	  --pixels 0.06M --output_dir $(DEMO)/images
+	$(BIN)/python -m toprovar_jax.generate --prompt "three yellow stars in a night sky" --output_dir $(DEMO)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
@@ -30,8 +26,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[convert]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
