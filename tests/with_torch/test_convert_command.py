@@ -176,7 +176,7 @@ def test_inputs_that_cannot_be_converted(official, converted, command, tmp_path)
         (["--transformer", nan, "--vae", vae, "--out", out], "1 not finite: head.bias"),
         (["--transformer", lacking, "--vae", vae, "--out", out], "1 missing: head.bias"),
         (["--transformer", transformer, "--vae", vae, "--out", converted], "exists already"),
-        (["--transformer", transformer, "--vae", vae, "--out", official, "--overwrite"], "holds other files and no manifest.json"),
+        (["--transformer", transformer, "--vae", vae, "--out", official, "--overwrite"], "no manifest.json"),
         (["--transformer", transformer, "--vae", vae, "--out", tmp_path / "file" / "out"], "cannot write"),
         (
             ["--transformer", no_scales, "--vae", vae, "--out", out],
