@@ -12,8 +12,8 @@ _FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later versions know no such flag and would abort
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
-# Threads of an interpreted GPU kernel wait for each other in callbacks that each hold a thread of XLA's pool; a pool
-# of as many threads as a small machine has cores would have them wait for ever.
+# Threads of an interpreted GPU kernel wait for each other in callbacks that each hold a thread of XLA's pool; a
+# pool of as many threads as a small machine has cores would have them wait for ever.
 os.environ.setdefault("NPROC", "16")
 
 # From here on, each call checks shapes and types against the signatures.
