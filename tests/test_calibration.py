@@ -144,15 +144,14 @@ def test_the_search_finds_the_best_settings_at_a_speedup():
     assert result.candidate.table.scores == (0.0, 1.0, 1.0, 0.0)
     assert result.profile.dropped_scales == 0
     assert 1.6 <= result.speedup < 1.75
-    cost = [
-        PlanCost(CONFIG.transformer, plan, text_tokens=8).loop().total for plan in trials_plans(trials, result)
-    ]
-    assert cost[1] / cost[0] == pytest.approx(result.speedup)
-
-
-def trials_plans(trials, result):
     plans = ToProVAR(result.profile).plans(trials.observed.schedule, DEPTH)
-    return plans[0], plans[-1]
+    cost = [PlanCost(CONFIG.transformer, plan, text_tokens=8).loop().total for plan in plans]
+    assert cost[-1] / cost[0] == pytest.approx(result.speedup)
+    # Waiting does not pay off here, so that no picture of the trials waits.
+    first = 6 - result.candidate.prunable_scales
+    assert set(start_scales(trials.observed.focused_shares, first, "above", result.profile.tau)) == {first}
+    assert result.profile.crossing == "above"
+    assert result.profile.usual_scales == result.profile.prunable_scales
 
 
 def test_the_search_finds_the_largest_speedup_at_a_similarity():
@@ -184,16 +183,10 @@ def test_pictures_that_suffer_start_later_where_the_shares_tell_them():
     assert min(np.array(starts)[suffers]) > max(np.array(starts)[~suffers])
 
 
-def test_hardly_any_picture_waits_where_waiting_does_not_pay_off():
-    result, _ = searched(MadeUp((0.0, 1.0, 1.0, 0.0)), Target(speedup=1.6))
-    first = 6 - result.candidate.prunable_scales
-    assert set(start_scales(MadeUp(()).observed.focused_shares, first, "above", result.profile.tau)) == {first}
-    assert result.profile.usual_scales == result.profile.prunable_scales
-
-
 def test_a_random_model_is_calibrated(monkeypatch):
-    # Programs of every trial are compiled: one or two per stage are enough here.
-    for stage, count in (("of_last_scales", 2), ("of_tables", 2), ("of_the_rest", 1)):
+    # Programs of every trial are compiled: a few trials of the last two scales are enough here.
+    monkeypatch.setattr(candidates, "_PRUNABLE_SCALES", 2)
+    for stage, count in (("of_last_scales", 3), ("of_tables", 1), ("of_the_rest", 1)):
         tried = getattr(candidates, stage)
         monkeypatch.setattr(candidates, stage, lambda *args, tried=tried, count=count: tried(*args)[-count:])
     lines = []
