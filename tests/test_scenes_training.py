@@ -329,7 +329,7 @@ def two_objects(caption: str) -> dataset.SceneBatch:
     return dataset.pack([(scene, [world.Placement(-0.5, 0.1, 0.3, 0), world.Placement(0.5, 0, 0.3, 0)], caption)])
 
 
-def test_answers_are_wrong_about_colours_and_about_sides_that_the_caption_tells():
+def test_answers_are_wrong_about_colours_and_about_sides():
     scenes = two_objects("a red apple left of a blue car")
     truth = true_answers(scenes)
     assert train_text.answer_loss(truth, scenes)[0] < 1e-3
@@ -338,7 +338,13 @@ def test_answers_are_wrong_about_colours_and_about_sides_that_the_caption_tells(
     assert (no_red[1]["color_accuracy"], no_red[1]["side_accuracy"]) == (0, 1)
     swapped = truth._replace(side=truth.side[:, jnp.array([1, 0, 2, 3])])
     assert train_text.answer_loss(swapped, scenes)[0] > 5
-    assert train_text.answer_loss(swapped, two_objects("a red apple and a blue car"))[0] < 1e-3
+
+
+def test_an_object_alone_is_on_no_side():
+    scene = world.Scene("single_object", (world.SceneObject("car", "blue"),), "night sky")
+    scenes = dataset.pack([(scene, [world.Placement(0, 0, 0.5, 0)], "a blue car")])
+    assert train_text.answer_loss(true_answers(scenes), scenes)[0] < 1e-3
+    assert train_text.answer_loss(true_answers(scenes), scenes)[1]["side_accuracy"] == 0
 
 
 def test_a_fresh_text_encoder_already_hears_the_order_of_words():

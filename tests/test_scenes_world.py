@@ -166,6 +166,23 @@ def test_layouts_satisfy_their_own_prompts(training_scenes):
         assert score.judge(scene, placed(scene, generator))
 
 
+def test_unrelated_objects_stand_in_the_order_in_which_they_are_named():
+    scenes = [
+        dataclasses.replace(scene, objects=objects)
+        for scene in [Scene("two_objects", (SceneObject("carrot"), SceneObject("car", "red")), "sandy beach")]
+        for objects in (scene.objects, scene.objects[::-1])
+    ]
+    generator = random.Random(8)
+    named = captions.in_order_of_naming
+    for scene in scenes:
+        assert named(scene, "a red car and a carrot on the beach").objects[0].noun == "car"
+        assert named(scene, "a carrot next to a red car").objects[0].noun == "carrot"
+    assert {frozenset(score.relations(*placed(scenes[0], generator))) for _ in range(30)} == {
+        frozenset({"left of"}),
+        frozenset({"above"}),
+    }
+
+
 def test_objects_stay_in_the_picture_and_apart(training_scenes):
     generator = random.Random(6)
     for scene in training_scenes[:3000]:

@@ -1,11 +1,14 @@
 """Runs one batch: compiles what is new, then text context, scales and decoder, each timed."""
 
+import collections
+import itertools
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from toprovar_jax.batch import Batch
 from toprovar_jax.batch_programs import BatchPrograms, Entropies, batch_programs
@@ -15,6 +18,9 @@ from toprovar_jax.output import PipelineOutput, ScaleTrace, Timings, Trace
 from toprovar_jax.programs import Programs
 from toprovar_jax.pruning.policy import Report
 from toprovar_jax.scale_loop import LoopState, ScaleOutput, prepare
+
+# Scales that are handed out before the host waits for an earlier one: the device never waits for the host.
+_SCALES_AHEAD = 2
 
 
 class Generator:
@@ -46,28 +52,44 @@ class Generator:
 
         started = time.perf_counter()
         context = run(programs.context, self._params["transformer"], *batch.context_arguments)
-        state, draws = jax.block_until_ready(run(programs.start, batch.seeds))
-        text_seconds = time.perf_counter() - started
+        state, draws = run(programs.start, batch.seeds)
 
         scales = _ScaleLoop(self._programs, self._params, programs, batch, context, draws, state)
         num_scales = len(batch.loop.schedule)
-        seconds = []
-        for scale in range(num_scales):
-            started = time.perf_counter()
-            ran = scales.run(scale)
-            seconds.append(time.perf_counter() - started if ran else 0.0)
+        ended: list[float] = []  # the text, then every scale
+        chosen: list[np.ndarray] = []
+
+        def finish(scale: int | None, result: Any) -> None:
+            if result is None:
+                ended.append(ended[-1])
+            else:
+                jax.block_until_ready(result)
+                ended.append(time.perf_counter())
+            if scale is None:
+                return
+            if result is not None:
+                forced = batch.forced_bits[scale]
+                chosen.append(np.asarray(result) if forced is None else forced)
             if on_scale_end is not None:
                 on_scale_end(scale, num_scales)
 
-        started = time.perf_counter()
-        code_map = scales.state.code_map
-        images = np.asarray(run(programs.decode, self._params["vae"], code_map) if batch.decode else code_map)
-        decode_seconds = time.perf_counter() - started
+        running: collections.deque[tuple[int | None, Any]] = collections.deque([(None, draws)])
+        for scale in range(num_scales):
+            running.append((scale, scales.run(scale)))
+            if len(running) > _SCALES_AHEAD:
+                finish(*running.popleft())
+        code_map = scales.end()
+        pixels = run(programs.decode, self._params["vae"], code_map) if batch.decode else code_map
+        while running:
+            finish(*running.popleft())
+        images = np.asarray(pixels)
+        decode_seconds = time.perf_counter() - ended[-1]
+        seconds = tuple(end - begin for begin, end in itertools.pairwise(ended))
         return PipelineOutput(
             images=images,
-            bits=tuple(scales.bits),
+            bits=tuple(chosen),
             plan=scales.plan,
-            timings=Timings(compile_seconds, text_seconds, tuple(seconds), decode_seconds),
+            timings=Timings(compile_seconds, ended[0] - started, seconds, decode_seconds),
             trace=Trace(tuple(scales.traces)) if batch.trace else None,
         )
 
@@ -105,15 +127,14 @@ class _ScaleLoop:
         self._reports: dict[int, Report] = {}
         self.state = state
         self.plan = programs.first_plan
-        self.bits: list[np.ndarray] = []
         self.traces: list[ScaleTrace] = []
 
-    def run(self, scale: int) -> bool:
-        """Runs a scale, and lets the policy look at it; False where the plan drops it."""
+    def run(self, scale: int) -> jax.Array | None:
+        """Hands out a scale, and lets the policy look at it: the bits to come, None where the plan drops it."""
         batch, run = self._batch, self._compiled.run
         programs = self._programs.scales[self.plan].get(scale)
         if programs is None:
-            return False
+            return None
         self.state = prepare(self.state, programs.step)
         if programs.cut is not None and self._guided:
             cache, saved, self._context = run(programs.cut, self.state.cache, self.state.saved, self._context)
@@ -142,12 +163,15 @@ class _ScaleLoop:
             self._observe(
                 scale, programs.observe, {layer: output.entropy[layer] for layer in programs.entropy_layers}
             )
-        forced = batch.forced_bits[scale]
-        chosen = np.asarray(output.bits)
-        self.bits.append(chosen if forced is None else forced)
         if batch.trace:
             self.traces.append(self._trace(scale, output))
-        return True
+        return output.bits
+
+    def end(self) -> Float[jax.Array, "batch height width code_dim"]:
+        """The code map; the rest of the state makes room for what follows."""
+        code_map = self.state.code_map
+        self.state = self.state._replace(cache=(), saved={})
+        return code_map
 
     def _observe(self, scale: int, observe: Hashable, entropy: Entropies) -> None:
         report = self._compiled.run(observe, self._params["vae"], self.state.code_map, entropy)

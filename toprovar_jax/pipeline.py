@@ -271,8 +271,7 @@ class InfinityPipeline:
         params = self.params["text_encoder"]
         static = {"config": self.config.text_encoder, "dtype": self.dtype}
         seconds = self.programs.compile({key: lambda: Recipe(encode_text, (params, tokens, mask), static)})
-        encoded = jax.block_until_ready(self.programs.run(key, params, tokens, mask))
-        return TextBatch(encoded, batch.lengths), seconds
+        return TextBatch(self.programs.run(key, params, tokens, mask), batch.lengths), seconds
 
 
 def reconstruct_pixels(

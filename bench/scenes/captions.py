@@ -1,5 +1,6 @@
 """English captions of scenes, in several phrasings, and the words that they use."""
 
+import dataclasses
 import random
 import re
 from collections.abc import Collection
@@ -49,6 +50,16 @@ def caption(generator: random.Random, scene: Scene, name_background: bool | None
         name_background = generator.random() < 0.8
     words = generator.choice(_LEADS) + _subject(generator, scene)
     return f"{words} {_place(generator, scene.background)}" if name_background else words
+
+
+def in_order_of_naming(scene: Scene, text: str) -> Scene:
+    """The scene with its objects in the order in which its caption names them."""
+    if len(scene.objects) == 1:
+        return scene
+    words = text.split()
+    return dataclasses.replace(
+        scene, objects=tuple(sorted(scene.objects, key=lambda item: words.index(item.noun)))
+    )
 
 
 def background_phrases(background: str) -> tuple[str, ...]:

@@ -112,7 +112,9 @@ def _sample(job: tuple[int, int, int]) -> SceneBatch:
     scenes = []
     for _ in range(count):
         scene = world.training_scene(generator)
-        scenes.append((scene, world.layout(generator, scene), captions.caption(generator, scene)))
+        text = captions.caption(generator, scene)
+        scene = captions.in_order_of_naming(scene, text)
+        scenes.append((scene, world.layout(generator, scene), text))
     return pack(scenes)
 
 

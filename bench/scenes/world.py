@@ -183,9 +183,12 @@ def training_scene(generator: random.Random) -> Scene:
 
 
 def layout(generator: random.Random, scene: Scene) -> tuple[Placement, ...]:
-    """Draws a placement for every sprite of the scene: the objects in order, or the copies of the only one."""
+    """Draws a placement for every sprite of the scene: the objects in order, or the copies of the only one.
+
+    Two objects without a relation stand in reading order, the first left of the second or above it.
+    """
     if len(scene.objects) == 2:
-        relation: Relation = generator.choice(RELATIONS) if scene.relation is None else scene.relation
+        relation: Relation = generator.choice(("left of", "above")) if scene.relation is None else scene.relation
         centers = _pair_centers(generator, relation)
         radii = [_radius(generator, item.size, (0.24, 0.30), (0.38, 0.45), (0.46, 0.50)) for item in scene.objects]
     elif scene.count == 1:

@@ -46,6 +46,20 @@ T = TypeVar("T")
 Attend = Callable[[Array, Array, Array], tuple[Array, T]]
 
 
+class FoldedText(NamedTuple):
+    """Cross attention to one text with its keys and values multiplied into the projections of queries and outputs.
+
+    Attributes:
+      to_logits: from normed tokens to logits per head and text position, before 1/sqrt(head_dim).
+      logit_bias: added after it, float32; minus infinity where the text is padded.
+      to_output: from weights per head and text position to the residual stream, without bias.
+    """
+
+    to_logits: Float[Array, "rows heads_text channels"]
+    logit_bias: Float[Array, "rows heads text_tokens"]
+    to_output: Float[Array, "rows heads_text channels"]
+
+
 class TextContext(NamedTuple):
     """What every scale needs of the text; computed once per image.
 
@@ -53,14 +67,15 @@ class TextContext(NamedTuple):
       pooled: one vector per row.
       modulation: per layer, the six vectors (gate, gate, scale, scale, shift, shift) of attention and MLP.
       head_modulation: scale and shift of the head.
-      key_values: per layer, keys and values of the text for cross attention.
+      cross_attention: per layer, what cross attention needs of the text: keys and values, or more where that is
+        less work for the scales.
       mask: which text positions are real.
     """
 
     pooled: Float[Array, "rows embed_dim"]
     modulation: tuple[Float[Array, "rows 6 embed_dim"], ...]
     head_modulation: Float[Array, "rows 2 embed_dim"]
-    key_values: tuple[KeyValue, ...]
+    cross_attention: tuple[KeyValue | FoldedText, ...]
     mask: Bool[Array, "rows text_tokens"]
 
 
@@ -101,6 +116,16 @@ def text_attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     output = jnp.einsum("rhqk,rkhd->rqhd", weights, key_value.value, precision=precision)
     return output.reshape(*output.shape[:2], -1)
+
+
+def one_by_one(result: T, operand: Array) -> tuple[T, Array]:
+    """The same, but products that take this operand wait for the result.
+
+    XLA for GPUs copies the weights of products that share an operand side by side, at every call, to make one
+    product of them. Where few rows are multiplied, reading the weights is all that they cost: that triples it.
+    """
+    held: tuple[T, Array] = jax.lax.optimization_barrier((result, operand))
+    return held
 
 
 def _linear(
@@ -202,23 +227,66 @@ class CrossAttention(nnx.Module):
     """Attention to the projected text; its keys and values do not change between scales (section 4.6)."""
 
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
+        self.config = config
         width = config.embed_dim
         self.query = _linear(width, width, dtype=dtype, rngs=rngs)
         self.key_value = _linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.value_bias = nnx.Param(jnp.zeros(width, dtype))
         self.output = _linear(width, width, dtype=dtype, rngs=rngs)
 
-    def text_key_value(self, text: Float[Array, "rows text_tokens channels"]) -> KeyValue:
-        """Keys and values of the text."""
+    def read_text(
+        self, text: Float[Array, "rows text_tokens channels"], mask: Bool[Array, "rows text_tokens"]
+    ) -> KeyValue | FoldedText:
+        """What the scales need of the text: the form that makes a token's attention to it cheaper."""
         key, value = jnp.split(self.key_value(text), 2, axis=-1)
         value = value + self.value_bias[...]
-        return KeyValue(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+        key, value = split_heads(key, self.config.num_heads), split_heads(value, self.config.num_heads)
+        if self.config.folds_text(text.shape[1]):
+            return self._fold(key, value, mask)
+        return KeyValue(key, value)
+
+    def _fold(
+        self,
+        key: Float[Array, "rows text_tokens heads head_dim"],
+        value: Float[Array, "rows text_tokens heads head_dim"],
+        mask: Bool[Array, "rows text_tokens"],
+    ) -> FoldedText:
+        rows, text_tokens, heads, head_dim = key.shape
+        query_kernel = self.query.kernel[...].reshape(-1, heads, head_dim)
+        query_bias = self.query.bias[...].reshape(heads, head_dim)  # type: ignore[index]
+        output_kernel = self.output.kernel[...].reshape(heads, head_dim, -1)
+        product = functools.partial(jnp.einsum, precision=matmul_precision(key.dtype))
+        bias = product("rkhd,hd->rhk", key, query_bias, preferred_element_type=jnp.float32)
+        shape = (rows, heads * text_tokens, -1)
+        return FoldedText(
+            to_logits=product("rkhd,chd->rhkc", key, query_kernel).reshape(shape),
+            logit_bias=jnp.where(mask[:, None], bias * head_dim**-0.5, -jnp.inf),
+            to_output=product("rkhd,hdc->rhkc", value, output_kernel).reshape(shape),
+        )
 
     def __call__(
-        self, x: Float[Array, "rows tokens channels"], text: KeyValue, mask: Bool[Array, "rows text_tokens"]
+        self,
+        x: Float[Array, "rows tokens channels"],
+        text: KeyValue | FoldedText,
+        mask: Bool[Array, "rows text_tokens"],
     ) -> Float[Array, "rows tokens channels"]:
-        return self.output(text_attention(split_heads(self.query(x), self.num_heads), text, mask))
+        if isinstance(text, KeyValue):
+            return self.output(text_attention(split_heads(self.query(x), self.config.num_heads), text, mask))
+        dtype = text.to_logits.dtype
+        precision = matmul_precision(dtype)
+        logits = jnp.einsum(
+            "rqc,rnc->rqn",
+            x.astype(dtype),
+            text.to_logits,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        # Else XLA for GPUs writes the bias out for every token, to add it inside the product.
+        logits = split_heads(jax.lax.optimization_barrier(logits), self.config.num_heads)
+        logits = logits * self.config.head_dim**-0.5 + text.logit_bias[:, None]
+        weights = jax.nn.softmax(logits, axis=-1).astype(dtype).reshape(*x.shape[:2], -1)
+        output = jnp.einsum("rqn,rnc->rqc", weights, text.to_output, precision=precision)
+        return output + self.output.bias[...]  # type: ignore[index]
 
 
 class Block(nnx.Module):
@@ -247,7 +315,10 @@ class Block(nnx.Module):
         return gate[:, None] * update, result
 
     def cross_update(
-        self, x: Float[Array, "rows tokens channels"], text: KeyValue, text_mask: Bool[Array, "rows text_tokens"]
+        self,
+        x: Float[Array, "rows tokens channels"],
+        text: KeyValue | FoldedText,
+        text_mask: Bool[Array, "rows text_tokens"],
     ) -> Float[Array, "rows tokens channels"]:
         """What cross attention adds."""
         return self.cross_attention(self.cross_norm(x), text, text_mask)
@@ -263,7 +334,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "rows tokens channels"],
         modulation: Float[Array, "rows 6 channels"],
-        text: KeyValue,
+        text: KeyValue | FoldedText,
         text_mask: Bool[Array, "rows text_tokens"],
         rotation: Rotation,
         attend: Attend[T],
@@ -392,12 +463,16 @@ class Infinity(nnx.Module):
         projected = self.text_projection(features)
         rows, width = pooled.shape
         activated = jax.nn.silu(pooled)
-        shared = self.shared_modulation(activated).reshape(rows, 6, width)
+        shared, activated = one_by_one(self.shared_modulation(activated).reshape(rows, 6, width), activated)
+        cross_attention = []
+        for block in self.blocks:
+            read, projected = one_by_one(block.cross_attention.read_text(projected, mask), projected)
+            cross_attention.append(read)
         return TextContext(
             pooled=pooled,
             modulation=tuple(shared + block.modulation[...].astype(jnp.float32) for block in self.blocks),
             head_modulation=self.head_modulation(activated).reshape(rows, 2, width),
-            key_values=tuple(block.cross_attention.text_key_value(projected) for block in self.blocks),
+            cross_attention=tuple(cross_attention),
             mask=mask,
         )
 

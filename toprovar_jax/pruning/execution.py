@@ -216,7 +216,7 @@ class _Execution:
 
         return (
             attention,
-            lambda x, *_: block.cross_update(x, context.key_values[layer], context.mask),
+            lambda x, *_: block.cross_update(x, context.cross_attention[layer], context.mask),
             lambda x, *_: block.mlp_update(x, modulation),
         )
 
