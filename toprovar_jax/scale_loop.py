@@ -155,7 +155,7 @@ def encode_context(
             negative_lengths = lengths
         features = jnp.concatenate([features, negative_features])
         lengths = jnp.concatenate([lengths, negative_lengths])
-    return model.encode_text(features, lengths)
+    return model.fold_text(model.encode_text(features, lengths))
 
 
 def initial_state(loop: LoopConfig, batch: int, scale: int = 0) -> LoopState:

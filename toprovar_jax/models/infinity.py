@@ -23,18 +23,11 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 from pallas_kernels import flash_attention_entropy
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.models import rope
-from toprovar_jax.precision import matmul_precision
+from toprovar_jax.models.text_attention import CrossAttention, FoldedText, KeyValue, TextPool, linear, split_heads
 from toprovar_jax.schedule import Grid, ScaleSchedule
 
 NORM_EPSILON = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # ln 100: upper bound of the learned attention scale
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one layer."""
-
-    key: Float[Array, "rows length heads head_dim"]
-    value: Float[Array, "rows length heads head_dim"]
 
 
 Cache = tuple[KeyValue, ...]  # one entry per layer
@@ -46,20 +39,6 @@ T = TypeVar("T")
 Attend = Callable[[Array, Array, Array], tuple[Array, T]]
 
 
-class FoldedText(NamedTuple):
-    """Cross attention to one text with its keys and values multiplied into the projections of queries and outputs.
-
-    Attributes:
-      to_logits: from normed tokens to logits per head and text position, before 1/sqrt(head_dim).
-      logit_bias: added after it, float32; minus infinity where the text is padded.
-      to_output: from weights per head and text position to the residual stream, without bias.
-    """
-
-    to_logits: Float[Array, "rows heads_text channels"]
-    logit_bias: Float[Array, "rows heads text_tokens"]
-    to_output: Float[Array, "rows heads_text channels"]
-
-
 class TextContext(NamedTuple):
     """What every scale needs of the text; computed once per image.
 
@@ -67,8 +46,8 @@ class TextContext(NamedTuple):
       pooled: one vector per row.
       modulation: per layer, the six vectors (gate, gate, scale, scale, shift, shift) of attention and MLP.
       head_modulation: scale and shift of the head.
-      cross_attention: per layer, what cross attention needs of the text: keys and values, or more where that is
-        less work for the scales.
+      cross_attention: per layer, what cross attention needs of the text: its keys and values, or the projections
+        that they are folded into.
       mask: which text positions are real.
     """
 
@@ -95,29 +74,6 @@ def modulate(
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
-def split_heads(
-    x: Float[Array, "rows tokens channels"], num_heads: int
-) -> Float[Array, "rows tokens heads head_dim"]:
-    """Views channels as heads, head-major."""
-    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
-
-
-def text_attention(
-    query: Float[Array, "rows tokens heads head_dim"],
-    key_value: KeyValue,
-    mask: Bool[Array, "rows text_tokens"],
-) -> Float[Array, "rows tokens channels"]:
-    """Attention to the text with the usual 1/sqrt(head_dim); padding of shorter prompts is masked out."""
-    precision = matmul_precision(query.dtype)
-    logits = jnp.einsum(
-        "rqhd,rkhd->rhqk", query, key_value.key, precision=precision, preferred_element_type=jnp.float32
-    )
-    logits = jnp.where(mask[:, None, None, :], logits * query.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    output = jnp.einsum("rhqk,rkhd->rqhd", weights, key_value.value, precision=precision)
-    return output.reshape(*output.shape[:2], -1)
-
-
 def one_by_one(result: T, operand: Array) -> tuple[T, Array]:
     """The same, but products that take this operand wait for the result.
 
@@ -126,49 +82,6 @@ def one_by_one(result: T, operand: Array) -> tuple[T, Array]:
     """
     held: tuple[T, Array] = jax.lax.optimization_barrier((result, operand))
     return held
-
-
-def _linear(
-    in_features: int,
-    out_features: int,
-    *,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike | None = None,
-    use_bias: bool = True,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    return nnx.Linear(
-        in_features,
-        out_features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=dtype if param_dtype is None else param_dtype,
-        precision=matmul_precision(dtype),
-        rngs=rngs,
-    )
-
-
-class TextPool(nnx.Module):
-    """Attentive pooling: one learned query looks at the text (section 3.4)."""
-
-    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width, heads = config.embed_dim, config.num_pool_heads
-        self.query = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (heads, width // heads), jnp.float32))
-        self.key_value = _linear(
-            config.text_channels, 2 * width, use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
-        )
-        self.value_bias = nnx.Param(jnp.zeros(width, jnp.float32))
-        self.output = _linear(width, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-
-    def __call__(
-        self, features: Float[Array, "rows text_tokens channels"], mask: Bool[Array, "rows text_tokens"]
-    ) -> Float[Array, "rows embed_dim"]:
-        heads = self.query.shape[0]
-        key, value = jnp.split(self.key_value(features), 2, axis=-1)
-        value = value + self.value_bias[...].astype(value.dtype)
-        query = jnp.broadcast_to(self.query[...].astype(key.dtype), (features.shape[0], 1, *self.query.shape))
-        pooled = text_attention(query, KeyValue(split_heads(key, heads), split_heads(value, heads)), mask)
-        return self.output(pooled)[:, 0].astype(jnp.float32)
 
 
 class MLP(nnx.Module):
@@ -184,8 +97,8 @@ class MLP(nnx.Module):
         param_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        self.up = _linear(in_features, hidden_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.down = _linear(hidden_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.up = linear(in_features, hidden_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.down = linear(hidden_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "rows tokens channels"]) -> Float[Array, "rows tokens out_channels"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
@@ -196,11 +109,11 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, heads = config.embed_dim, config.num_heads
-        self.query_key_value = _linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.query_key_value = linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.query_bias = nnx.Param(jnp.zeros(width, dtype))
         self.value_bias = nnx.Param(jnp.zeros(width, dtype))
         self.log_scale = nnx.Param(jnp.full(heads, jnp.log(4.0), dtype))
-        self.output = _linear(width, width, dtype=dtype, rngs=rngs)
+        self.output = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "rows tokens channels"], rotation: Rotation, attend: Attend[T]
@@ -221,72 +134,6 @@ class SelfAttention(nnx.Module):
 def _normalize(x: Float[Array, "rows tokens heads head_dim"]) -> Float[Array, "rows tokens heads head_dim"]:
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)), 1e-12)
-
-
-class CrossAttention(nnx.Module):
-    """Attention to the projected text; its keys and values do not change between scales (section 4.6)."""
-
-    def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.config = config
-        width = config.embed_dim
-        self.query = _linear(width, width, dtype=dtype, rngs=rngs)
-        self.key_value = _linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.value_bias = nnx.Param(jnp.zeros(width, dtype))
-        self.output = _linear(width, width, dtype=dtype, rngs=rngs)
-
-    def read_text(
-        self, text: Float[Array, "rows text_tokens channels"], mask: Bool[Array, "rows text_tokens"]
-    ) -> KeyValue | FoldedText:
-        """What the scales need of the text: the form that makes a token's attention to it cheaper."""
-        key, value = jnp.split(self.key_value(text), 2, axis=-1)
-        value = value + self.value_bias[...]
-        key, value = split_heads(key, self.config.num_heads), split_heads(value, self.config.num_heads)
-        if self.config.folds_text(text.shape[1]):
-            return self._fold(key, value, mask)
-        return KeyValue(key, value)
-
-    def _fold(
-        self,
-        key: Float[Array, "rows text_tokens heads head_dim"],
-        value: Float[Array, "rows text_tokens heads head_dim"],
-        mask: Bool[Array, "rows text_tokens"],
-    ) -> FoldedText:
-        rows, text_tokens, heads, head_dim = key.shape
-        query_kernel = self.query.kernel[...].reshape(-1, heads, head_dim)
-        query_bias = self.query.bias[...].reshape(heads, head_dim)  # type: ignore[index]
-        output_kernel = self.output.kernel[...].reshape(heads, head_dim, -1)
-        product = functools.partial(jnp.einsum, precision=matmul_precision(key.dtype))
-        bias = product("rkhd,hd->rhk", key, query_bias, preferred_element_type=jnp.float32)
-        shape = (rows, heads * text_tokens, -1)
-        return FoldedText(
-            to_logits=product("rkhd,chd->rhkc", key, query_kernel).reshape(shape),
-            logit_bias=jnp.where(mask[:, None], bias * head_dim**-0.5, -jnp.inf),
-            to_output=product("rkhd,hdc->rhkc", value, output_kernel).reshape(shape),
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "rows tokens channels"],
-        text: KeyValue | FoldedText,
-        mask: Bool[Array, "rows text_tokens"],
-    ) -> Float[Array, "rows tokens channels"]:
-        if isinstance(text, KeyValue):
-            return self.output(text_attention(split_heads(self.query(x), self.config.num_heads), text, mask))
-        dtype = text.to_logits.dtype
-        precision = matmul_precision(dtype)
-        logits = jnp.einsum(
-            "rqc,rnc->rqn",
-            x.astype(dtype),
-            text.to_logits,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        # Else XLA for GPUs writes the bias out for every token, to add it inside the product.
-        logits = split_heads(jax.lax.optimization_barrier(logits), self.config.num_heads)
-        logits = logits * self.config.head_dim**-0.5 + text.logit_bias[:, None]
-        weights = jax.nn.softmax(logits, axis=-1).astype(dtype).reshape(*x.shape[:2], -1)
-        output = jnp.einsum("rqn,rnc->rqc", weights, text.to_output, precision=precision)
-        return output + self.output.bias[...]  # type: ignore[index]
 
 
 class Block(nnx.Module):
@@ -414,7 +261,7 @@ def _run_block(
     params: PyTree,
     x: Array,
     modulation: Array,
-    text: KeyValue,
+    text: KeyValue | FoldedText,
     text_mask: Array,
     rotation: Rotation,
     attend: Partial,
@@ -440,13 +287,13 @@ class Infinity(nnx.Module):
         self.text_norm = nnx.RMSNorm(text, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
         self.text_pool = TextPool(config, dtype=dtype, rngs=rngs)
         self.text_projection = MLP(text, width, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-        self.shared_modulation = _linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
+        self.shared_modulation = linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
         self.start_position = nnx.Param(normal(rngs.params(), (width,), jnp.float32))
-        self.word_embedding = _linear(config.token_bits, width, dtype=jnp.float32, rngs=rngs)
+        self.word_embedding = linear(config.token_bits, width, dtype=jnp.float32, rngs=rngs)
         self.level_embedding = nnx.Param(normal(rngs.params(), (config.max_scales, width), jnp.float32))
         self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
-        self.head_modulation = _linear(width, 2 * width, dtype=jnp.float32, rngs=rngs)
-        self.head = _linear(width, 2 * config.token_bits, dtype=jnp.float32, rngs=rngs)
+        self.head_modulation = linear(width, 2 * width, dtype=jnp.float32, rngs=rngs)
+        self.head = linear(width, 2 * config.token_bits, dtype=jnp.float32, rngs=rngs)
 
     def unconditional_text(self, text_tokens: int) -> Float[Array, "text_tokens channels"]:
         """The learned features that stand for "no prompt", padded or cut to `text_tokens` rows."""
@@ -466,8 +313,8 @@ class Infinity(nnx.Module):
         shared, activated = one_by_one(self.shared_modulation(activated).reshape(rows, 6, width), activated)
         cross_attention = []
         for block in self.blocks:
-            read, projected = one_by_one(block.cross_attention.read_text(projected, mask), projected)
-            cross_attention.append(read)
+            key_value, projected = one_by_one(block.cross_attention.text_key_value(projected), projected)
+            cross_attention.append(key_value)
         return TextContext(
             pooled=pooled,
             modulation=tuple(shared + block.modulation[...].astype(jnp.float32) for block in self.blocks),
@@ -475,6 +322,21 @@ class Infinity(nnx.Module):
             cross_attention=tuple(cross_attention),
             mask=mask,
         )
+
+    def fold_text(self, context: TextContext) -> TextContext:
+        """The same context in the form that costs the scales least, for generation in bfloat16.
+
+        Where that is smaller, a product with [embed_dim, num_heads * text_tokens] takes the place of one with
+        [embed_dim, embed_dim]. It rounds elsewhere than the published code, whose order float32 keeps.
+        """
+        small = self.config.num_heads * context.mask.shape[1] < self.config.embed_dim
+        if not small or self.blocks[0].modulation.dtype == jnp.float32:
+            return context
+        folded = []
+        for block, text in zip(self.blocks, context.cross_attention, strict=True):
+            assert isinstance(text, KeyValue)
+            folded.append(block.cross_attention.fold(text, context.mask))
+        return context._replace(cross_attention=tuple(folded))
 
     def start_tokens(self, context: TextContext) -> Float[Array, "rows 1 channels"]:
         """Input of the first scale: the pooled text."""
@@ -504,7 +366,7 @@ class Infinity(nnx.Module):
         Returns:
           The residual stream after the block, and what `attend` leaves besides its output.
         """
-        modulation, text = context.modulation[layer], context.key_values[layer]
+        modulation, text = context.modulation[layer], context.cross_attention[layer]
         block, params = nnx.split(self.blocks[layer])
         result: tuple[Array, T] = _run_block(block, params, x, modulation, text, context.mask, rotation, attend)
         return result
