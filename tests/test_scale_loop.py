@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from toprovar_jax import scale_loop
 from toprovar_jax.batch_programs import decode_pixels
 from toprovar_jax.config import VAE_STRIDE_8, VAE_STRIDE_16, InfinityConfig, VAEConfig
 from toprovar_jax.models.bsq_vae import BSQVAE
-from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.infinity import Infinity, KeyValue, append_and_attend
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.schedule import ASPECT_RATIOS, PIXEL_BUDGETS, rope_grid, scale_schedule
 
@@ -75,3 +76,19 @@ def test_guidance_inside_the_layers_happens_at_its_block_only():
     assert min(apart) > 1e-3
     assert mixed["block0_out"] > 1e-3
     assert mixed["block1_out"] == 0.0
+
+
+def test_tokens_that_the_cache_has_no_room_for_are_attended_to_all_the_same():
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    roomy = KeyValue(*(jax.random.normal(next(keys), (2, 24, 2, 4)) for _ in range(2)))
+    query, key, value = (jax.random.normal(next(keys), (2, 13, 2, 4)) for _ in range(3))
+    expected, after = append_and_attend(roomy, 10, return_entropy=True)(query, key, value)
+    assert (np.asarray(after.cache.key[:, 10:23]) == key).all()
+
+    full = jax.tree.map(lambda x: x[:, :16], roomy)
+    output, after = append_and_attend(full, 10, return_entropy=True)(query, key, value)
+    np.testing.assert_array_equal(output, expected)
+    assert after.entropy.shape == (2, 13)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), after.cache, full))
+    with pytest.raises(AssertionError, match="no room in the cache"):
+        append_and_attend(full, 17)(query, key, value)

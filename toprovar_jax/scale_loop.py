@@ -41,8 +41,8 @@ class LoopConfig:
       guided: whether every image has an unconditional row as well.
       guidance_layer: 0 guides the logits; a negative value m guides inside the network, after block depth + m.
       plan: what runs; None runs everything.
-      cache_capacities: per layer, tokens that a cache buffer can hold; None gives room for the plan. A run that
-        may change its plan needs room for all of them.
+      cache_capacities: per layer, tokens that a cache buffer can hold; None gives room for the plan, without the
+        schedule's last scale. A run that may change its plan needs room for all of them.
     """
 
     transformer: InfinityConfig

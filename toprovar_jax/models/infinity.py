@@ -197,7 +197,7 @@ class Attended(NamedTuple):
     """What a layer's attention leaves besides its output.
 
     Attributes:
-      cache: the layer's cache with the new tokens.
+      cache: the layer's cache, with the new tokens if it has room for them.
       entropy: mean over heads of every token's attention entropy, in nats; None where it was not asked for.
     """
 
@@ -206,9 +206,10 @@ class Attended(NamedTuple):
 
 
 def append_and_attend(cache: KeyValue, length: int, return_entropy: bool = False) -> Attend[Attended]:
-    """Attention of one scale's tokens to a cache that already holds `length` of them.
+    """Attention of one scale's tokens to a cache that already holds `length` of them, and to themselves.
 
-    The buffers keep their capacity, so a donated cache is updated in place; only the valid prefix is attended to.
+    Where the cache has room for them, they are added to it: the buffers keep their capacity, so a donated cache is
+    updated in place, and only the valid prefix is attended to. Else it stays as it is, for no scale will follow.
     """
     return Partial(_AppendAndAttend(length, return_entropy), cache)
 
@@ -219,19 +220,27 @@ class _AppendAndAttend:
     return_entropy: bool
 
     def __call__(self, cache: KeyValue, query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
-        update = jax.lax.dynamic_update_slice_in_dim
-        entry = KeyValue(
-            update(cache.key, key, self.length, axis=1), update(cache.value, value, self.length, axis=1)
-        )
+        capacity, kv_length = cache.key.shape[1], self.length + query.shape[1]
+        assert self.length <= capacity, "the scale before had no room in the cache"
+        if kv_length <= capacity:
+            update = jax.lax.dynamic_update_slice_in_dim
+            cache = KeyValue(
+                update(cache.key, key, self.length, axis=1), update(cache.value, value, self.length, axis=1)
+            )
+            attended = cache
+        else:
+            attended = KeyValue(self._joined(cache.key, key), self._joined(cache.value, value))
         output, entropy, _ = flash_attention_entropy(
-            query,
-            entry.key,
-            entry.value,
-            scale=1.0,
-            kv_length=self.length + query.shape[1],
-            return_entropy=self.return_entropy,
+            query, *attended, scale=1.0, kv_length=kv_length, return_entropy=self.return_entropy
         )
-        return output, Attended(entry, None if entropy is None else jnp.mean(entropy, axis=1))
+        return output, Attended(cache, None if entropy is None else jnp.mean(entropy, axis=1))
+
+    def _joined(self, cached: Array, new: Array) -> Array:
+        # Attention wants a multiple of 8; room for it here saves another copy there.
+        room = -(self.length + new.shape[1]) % 8
+        return jnp.concatenate(
+            [cached[:, : self.length], jnp.pad(new, ((0, 0), (0, room), (0, 0), (0, 0)))], axis=1
+        )
 
 
 def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:

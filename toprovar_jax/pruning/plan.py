@@ -203,8 +203,9 @@ class Plan:
 
     @property
     def cache_capacities(self) -> tuple[int, ...]:
-        """Per layer, the length of a cache buffer: room for every kept token, aligned."""
-        return tuple(-(-length // _ALIGNMENT) * _ALIGNMENT for length in self._cache_lengths(len(self.scales)))
+        """Per layer, the length of a cache buffer: room for every kept token but the last scale's, aligned."""
+        lengths = self._cache_lengths(len(self.scales) - 1)
+        return tuple(-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths)
 
     def _cache_lengths(self, scale: int) -> tuple[int, ...]:
         ran = [entry.kept_tokens for entry in self.scales[:scale] if entry.runs]
