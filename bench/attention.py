@@ -30,7 +30,9 @@ SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)  # token grids of a squa
 HEADS = {"2b": 16, "8b": 28}
 BATCH, HEAD_DIM = 2, 128  # guidance: a conditional and an unconditional row
 SCALE = HEAD_DIM**-0.5
-ARMS = ("kernel with entropy", "kernel", "cuDNN", "cuDNN, entropy by identity", "materialised entropy")
+ARMS = (
+    "kernel with entropy", "kernel", "cuDNN", "cuDNN, entropy by identity", "materialised entropy", "reference"
+)  # fmt: skip
 
 Attention = Callable[..., Any]
 Shape = tuple[int, int, int]  # heads, q_tokens, kv_length
@@ -69,8 +71,10 @@ def arms(shape: Shape, arrays: list[jax.Array]) -> dict[str, tuple[Attention, tu
     cudnn = functools.partial(jax.nn.dot_product_attention, scale=SCALE, implementation="cudnn")
     identity = functools.partial(flash_attention_entropy, scale=SCALE, implementation="cudnn")
     without = functools.partial(kernel, return_entropy=False)
-    functions: list[Attention] = [kernel, without, cudnn, identity, materialised]
-    arguments = [(query, *cache)] * 2 + [(query, *valid)] * 3
+    # What other devices than Hopper GPUs run.
+    portable = functools.partial(flash_attention_entropy, scale=SCALE, implementation="reference")
+    functions: list[Attention] = [kernel, without, cudnn, identity, materialised, portable]
+    arguments = [(query, *cache)] * 2 + [(query, *valid)] * 4
     compiled = [
         jax.jit(function).lower(*taken).compile() for function, taken in zip(functions, arguments, strict=True)
     ]
