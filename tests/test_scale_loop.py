@@ -92,3 +92,17 @@ def test_tokens_that_the_cache_has_no_room_for_are_attended_to_all_the_same():
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), after.cache, full))
     with pytest.raises(AssertionError, match="no room in the cache"):
         append_and_attend(full, 17)(query, key, value)
+
+
+def test_padding_is_attended_to_by_none_and_the_next_scale_takes_its_place():
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    cache = KeyValue(*(jax.random.normal(next(keys), (2, 24, 2, 4)) for _ in range(2)))
+    new = [jax.random.normal(next(keys), (2, 5, 2, 4)) for _ in range(3)]
+    padded = [jnp.pad(x, ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=7.0) for x in new]
+    expected, after = append_and_attend(cache, 10)(*new)
+    for capacity in (24, 16, 10):  # room for all, for all but the padding, for none
+        full = jax.tree.map(lambda x, end=capacity: x[:, :end], cache)
+        output, found = append_and_attend(full, 10, padding=3)(*padded)
+        np.testing.assert_allclose(output[:, :5], expected, atol=1e-6)
+        valid = min(15, capacity)
+        np.testing.assert_array_equal(found.cache.key[:, :valid], after.cache.key[:, :valid])

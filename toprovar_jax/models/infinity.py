@@ -205,23 +205,35 @@ class Attended(NamedTuple):
     entropy: Float[Array, "rows tokens"] | None
 
 
-def append_and_attend(cache: KeyValue, length: int, return_entropy: bool = False) -> Attend[Attended]:
+def append_and_attend(
+    cache: KeyValue, length: int, padding: int = 0, return_entropy: bool = False
+) -> Attend[Attended]:
     """Attention of one scale's tokens to a cache that already holds `length` of them, and to themselves.
 
     Where the cache has room for them, they are added to it: the buffers keep their capacity, so a donated cache is
     updated in place, and only the valid prefix is attended to. Else it stays as it is, for no scale will follow.
+
+    Args:
+      cache: keys and values of earlier scales.
+      length: how many tokens they are.
+      padding: how many of the new tokens, at their end, only fill up; nothing attends to them.
+      return_entropy: whether to report the attention's entropy.
     """
-    return Partial(_AppendAndAttend(length, return_entropy), cache)
+    return Partial(_AppendAndAttend(length, padding, return_entropy), cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class _AppendAndAttend:
     length: int
+    padding: int
     return_entropy: bool
 
     def __call__(self, cache: KeyValue, query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
-        capacity, kv_length = cache.key.shape[1], self.length + query.shape[1]
+        capacity, kv_length = cache.key.shape[1], self.length + query.shape[1] - self.padding
         assert self.length <= capacity, "the scale before had no room in the cache"
+        if self.length + query.shape[1] > capacity:
+            new_tokens = query.shape[1] - self.padding
+            key, value = key[:, :new_tokens], value[:, :new_tokens]
         if kv_length <= capacity:
             update = jax.lax.dynamic_update_slice_in_dim
             cache = KeyValue(

@@ -22,7 +22,7 @@ from toprovar_jax.models.infinity import (
     append_and_attend,
 )
 from toprovar_jax.pruning.entropy import lowest_tokens
-from toprovar_jax.pruning.plan import LayerRun, ScaleStep, Span
+from toprovar_jax.pruning.plan import TOKEN_ALIGNMENT, LayerRun, ScaleStep, Span
 from toprovar_jax.resize import resize_area
 from toprovar_jax.schedule import Grid
 
@@ -85,7 +85,13 @@ def run_layers(
       entropy_layers: layers whose attention entropy is wanted (static).
       after_run: (index of the next layer, x) -> x, after every run of layers, for guidance inside the layers.
     """
-    execution = _Execution(model, context, rotation, cache, restored, scores, step, grid, batch, entropy_layers)
+    padding = _padding(step, grid, entropy_layers)
+    x, cos, sin = (
+        _pad_tokens(array, axis, padding) for array, axis in ((x, 1), (rotation[0], 0), (rotation[1], 0))
+    )
+    execution = _Execution(
+        model, context, (cos, sin), cache, restored, scores, step, grid, batch, entropy_layers, padding
+    )
     for run in step.runs:
         start, stop = run.span
         if start in model.config.level_layers:
@@ -95,13 +101,23 @@ def run_layers(
         x = after_run(stop, execution.run(run, x))
         execution.activations[f"block{stop - 1}_out"] = x
     return LayersResult(
-        x=x,
+        x=x[:, : grid.size],
         cache=tuple(execution.cache),
         saved=execution.saved,
         kept=execution.kept,
         entropy={layer: execution.entropy_of(layer) for layer in entropy_layers},
-        activations=execution.activations,
+        activations={name: array[:, : grid.size] for name, array in execution.activations.items()},
     )
+
+
+def _padding(step: ScaleStep, grid: Grid, entropy_layers: tuple[int, ...]) -> int:
+    """Tokens to add once, so that attention need not in every layer; none where layers leave more than x."""
+    plain = not (step.saved or entropy_layers or any(run.pruned for run in step.runs))
+    return -grid.size % TOKEN_ALIGNMENT if plain else 0
+
+
+def _pad_tokens(x: Array, axis: int, padding: int) -> Array:
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
 
 
 class _Execution:
@@ -119,6 +135,7 @@ class _Execution:
         grid: Grid,
         batch: int,
         entropy_layers: tuple[int, ...],
+        padding: int,
     ):
         self._model = model
         self._context = context
@@ -127,6 +144,7 @@ class _Execution:
         self._step = step
         self._grid = grid
         self._batch = batch
+        self._padding = padding
         self._scores = {} if scores is None else dict(zip(step.scored_runs, scores, strict=True))
         self._sources = _entropy_sources(step)
         self._entropy_layers = {*entropy_layers, *self._sources.values()}
@@ -222,7 +240,7 @@ class _Execution:
 
     def _attend(self, layer: int) -> Attend[Attended]:
         length = self._step.cache_lengths[layer]
-        return append_and_attend(self.cache[layer], length, return_entropy=layer in self._entropy_layers)
+        return append_and_attend(self.cache[layer], length, self._padding, layer in self._entropy_layers)
 
     def _record(self, layer: int, attended: Attended, kept: Array | None = None) -> None:
         self.cache[layer] = attended.cache

@@ -21,7 +21,7 @@ from toprovar_jax.schedule import Grid, ScaleSchedule
 # "scores": once for a run of layers, those of lowest score, handed to the step.
 Selection = Literal["variance", "entropy", "scores"]
 
-_ALIGNMENT = 8  # GPU copy engines want lengths that are multiples of 8
+TOKEN_ALIGNMENT = 8  # GPU copy engines want lengths that are multiples of 8
 _NUM_BUCKETS = 8
 
 
@@ -205,7 +205,7 @@ class Plan:
     def cache_capacities(self) -> tuple[int, ...]:
         """Per layer, the length of a cache buffer: room for every kept token but the last scale's, aligned."""
         lengths = self._cache_lengths(len(self.scales) - 1)
-        return tuple(-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths)
+        return tuple(-(-length // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT for length in lengths)
 
     def _cache_lengths(self, scale: int) -> tuple[int, ...]:
         ran = [entry.kept_tokens for entry in self.scales[:scale] if entry.runs]
@@ -362,7 +362,7 @@ def _whole(value: Any) -> int:
 def buckets(grid: Grid) -> tuple[int, ...]:
     """The few token counts that adaptive policies choose from: eighths of a grid, in multiples of 8, and all."""
     steps = (grid.size * eighth / _NUM_BUCKETS for eighth in range(1, _NUM_BUCKETS))
-    aligned = {-(-int(-(-step // 1)) // _ALIGNMENT) * _ALIGNMENT for step in steps}
+    aligned = {-(-int(-(-step // 1)) // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT for step in steps}
     return (*sorted(count for count in aligned if count < grid.size), grid.size)
 
 
