@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -47,10 +48,14 @@ def write(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def _commit() -> str:
-    """The checked-out commit; a copy without its history is told by the variable SOURCE_COMMIT."""
+    """The checked-out commit; the variable SOURCE_COMMIT tells it where a copy lacks its history or git."""
+    if told := os.environ.get("SOURCE_COMMIT"):
+        return told
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "rev-parse", "HEAD"]
     found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else os.environ.get("SOURCE_COMMIT", "unknown")
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 def _versions() -> dict[str, str]:

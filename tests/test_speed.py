@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import kernel_profile, speed, speed_run, stage_clock
+from bench import kernel_profile, report, speed, speed_run, stage_clock
 from bench.floors import decoder_work, stage_floors
 from bench.full_size import aggressive_profile, full_size_config, load_pipeline, word_tokenizer
 from bench.kernel_profile import Kernel
@@ -243,3 +243,11 @@ def test_the_command_passes_on_what_is_wrong_with_a_case(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[0].startswith("error: unknown model 'nothing'")
     assert done.stderr.splitlines()[-1] == "error: dense was not timed: see the line above"
+
+
+def test_results_name_their_commit_also_where_git_or_the_history_is_missing(monkeypatch):
+    monkeypatch.delenv("SOURCE_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert report.provenance()["commit"] == "unknown"
+    monkeypatch.setenv("SOURCE_COMMIT", "5652dc1")
+    assert report.provenance()["commit"] == "5652dc1"
