@@ -47,7 +47,7 @@ def test_text_round_trip():
         ({"tau": float("inf")}, r"^tau and the alphas of a profile must be finite"),
         ({"alpha_min": 0.9, "alpha_max": 0.8}, r"^alpha_min 0.9 must not exceed alpha_max 0.8$"),
         ({"usual_scales": 5}, r"^usual_scales must lie between 0 and prunable_scales 4, got 5$"),
-        ({"dropped_scales": -1}, r"^dropped_scales and conditional_scales must not be negative$"),
+        ({"dropped_scales": -1}, r"^dropped_scales, conditional_scales and token_scales must not be negative$"),
         (
             {"source": "layer_before", "layer_scores": (0.5, 0.5)},
             r"^no layer comes before layer 0, so source 'layer_before' needs layer score 0 there: keep it dense$",

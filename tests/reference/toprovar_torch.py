@@ -30,6 +30,7 @@ class Settings:
       fixed_start: the scale that pruning starts at whatever rho says; None where rho decides.
       dropped: last scales that do not run once pruning has started.
       conditional: scales before those that run without the unconditional rows once pruning has started.
+      token_scales: last scales that may run on some tokens.
       alpha_min: of Eq. 6.
       alpha_max: of Eq. 6.
       normalization: "sum", "mean" or "rank".
@@ -46,6 +47,7 @@ class Settings:
     fixed_start: int | None
     dropped: int
     conditional: int
+    token_scales: int
     alpha_min: float
     alpha_max: float
     normalization: str
@@ -121,8 +123,8 @@ class _Image:
 
     def __init__(self, depth: int):
         self.cache: list[list[KeyValue] | None] = [None] * depth  # per layer and row: [heads, keys, head_dim]
-        self.updates: list[Tensor] = []  # per layer, at the last dense scale, [rows, tokens, channels]
-        self.maps: list[Tensor] = []  # per layer, at the last dense scale, [batch, tokens]
+        self.updates: list[Tensor] = []  # per layer, at the last scale of all tokens, [rows, tokens, channels]
+        self.maps: list[Tensor] = []  # per layer, at the same scale, [batch, tokens]
         self.grid = Grid(1, 1)
 
 
@@ -189,7 +191,7 @@ class PrunedInfinity:
         return groups
 
     def _resized(self, state: _Image, layer: int, grid: Grid) -> Tensor:
-        """A layer's map at the last dense scale on another grid, [batch, tokens]."""
+        """A layer's map at the last scale of all tokens on another grid, [batch, tokens]."""
         return sampling.resize(state.maps[layer].view(-1, 1, *state.grid), grid).flatten(1)
 
     def _expected(self, state: _Image, layer: int, grid: Grid, scale: int, num_scales: int) -> float:
@@ -253,7 +255,7 @@ class PrunedInfinity:
         code_map = torch.zeros(batch, config.code_dim, *code_grids[-1])
         state = _Image(config.depth)
         crossed = torch.zeros(batch, dtype=torch.bool)
-        start, saves_work = settings.fixed_start, False
+        start, saves_work, thinned = settings.fixed_start, False, False
         records: dict[int, PrunedScale] = {}
         for scale, grid in enumerate(schedule):
             pruning = start is not None and scale >= start
@@ -268,9 +270,13 @@ class PrunedInfinity:
                 state.updates = [update[:batch] for update in state.updates]
             latent = sampling.resize(code_map, code_grids[scale])
             x = model.first_input(text) if scale == 0 else model.embed_latent(latent).repeat(1 + guided, 1, 1)
-            counts = self._counts(state, grid, scale, num_scales) if pruning else {}
+            thinning = pruning and left <= settings.token_scales
+            counts = self._counts(state, grid, scale, num_scales) if thinning else {}
             saves_work |= conditional_only or bool(counts)
-            record, x = self._run_layers(state, x, text, scale, grid, rope_grid, batch, counts, saves_work)
+            thinned |= bool(counts)
+            record, x = self._run_layers(state, x, text, scale, grid, rope_grid, batch, counts, thinned)
+            if saves_work:
+                record.rho[:] = math.nan
             record.logits_raw = model.logits(x, text.condition)
             logits = record.logits_raw / temperature
             if guided:
@@ -300,7 +306,7 @@ class PrunedInfinity:
         rope_grid: Grid,
         batch: int,
         counts: dict[int, int],
-        saves_work: bool,
+        thinned: bool,
     ) -> tuple[PrunedScale, Tensor]:
         model = self.model
         level, rotation = model.lvl_embed.weight[scale], model._rotation(grid, rope_grid)
@@ -328,7 +334,7 @@ class PrunedInfinity:
                 x = torch.where(mask.repeat(len(x) // batch, 1)[..., None], x, before + filler)
             updates.append(x - before)
         rho = torch.full((batch,), math.nan)
-        if not saves_work:
+        if not thinned:
             state.updates, state.grid, state.maps = updates, grid, list(entropies.values())
             rho = focused_share(torch.stack(state.maps).mean(0))
         empty = torch.empty(0)

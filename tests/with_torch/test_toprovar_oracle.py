@@ -80,7 +80,8 @@ def scenarios(draw: st.DrawFn, **fixed) -> Scenario:
         "prunable_scales": prunable,
         "usual_scales": draw(st.integers(1, prunable)),
         "dropped_scales": dropped,
-        "conditional_scales": draw(st.integers(0, 1)),
+        "conditional_scales": draw(st.integers(0, 2)),
+        "token_scales": draw(st.sampled_from([None, None, 1, 2])),
         # Where only the mean is known, nothing may be clipped for the expected number to be exact.
         "alpha_min": draw(st.sampled_from([0.0, 0.13])),
         "alpha_max": draw(st.sampled_from([0.71, 1.37] if normalization == "rank" else [0.31])),
@@ -113,6 +114,7 @@ def settings_of(policy: ToProVAR, schedule: ScaleSchedule) -> Settings:
         fixed_start=None if policy.use_scale else max(1, num_scales - profile.usual_scales),
         dropped=profile.dropped_scales,
         conditional=profile.conditional_scales,
+        token_scales=num_scales if profile.token_scales is None else profile.token_scales,
         alpha_min=profile.alpha_min,
         alpha_max=profile.alpha_max,
         normalization=profile.normalization,

@@ -47,6 +47,8 @@ class Profile:
       usual_scales: last scales that are pruned where the start does not depend on the image; 0 prunes nothing.
       dropped_scales: last scales that are not run at all once pruning has started.
       conditional_scales: last scales of those that run which do without the unconditional rows, likewise.
+      token_scales: last scales that may run on some tokens, the dropped ones among them; None for all that may be
+        pruned.
       alpha_min: share of pruned tokens at tendency 0 (Eq. 6).
       alpha_max: share of pruned tokens at tendency 1.
       normalization: how entropies become relative (Eq. 5).
@@ -65,6 +67,7 @@ class Profile:
     usual_scales: int
     dropped_scales: int = 0
     conditional_scales: int = 0
+    token_scales: int | None = None
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     normalization: Normalization = "rank"
@@ -91,8 +94,8 @@ class Profile:
                 f"usual_scales must lie between 0 and prunable_scales {self.prunable_scales}, got "
                 f"{self.usual_scales}"
             )
-        if min(self.dropped_scales, self.conditional_scales) < 0:
-            raise ProfileError("dropped_scales and conditional_scales must not be negative")
+        if min(self.dropped_scales, self.conditional_scales, self.token_scales or 0) < 0:
+            raise ProfileError("dropped_scales, conditional_scales and token_scales must not be negative")
         if self.source == "layer_before" and self.layer_scores[0] > 0:
             raise ProfileError(
                 "no layer comes before layer 0, so source 'layer_before' needs layer score 0 there: keep it dense"

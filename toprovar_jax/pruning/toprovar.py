@@ -58,8 +58,16 @@ class ToProVAR(Policy):
         return self.use_scale and self._undecided(plan, scale)
 
     def entropy_layers(self, plan: Plan, scale: int) -> tuple[int, ...]:
-        needed = self._undecided(plan, scale) and (self.use_scale or self._scores_tokens())
+        observed = self.use_scale and self._undecided(plan, scale)
+        needed = observed or (self._scores_tokens() and self._may_leave_updates(plan, scale))
         return tuple(range(plan.depth)) if needed else ()
+
+    def _may_leave_updates(self, plan: Plan, scale: int) -> bool:
+        """Whether this plan, or another one that agrees with it up to a scale, chooses tokens by that scale."""
+        return any(
+            other.restore_scale == scale and other.scales[: scale + 1] == plan.scales[: scale + 1]
+            for other in self.plans(plan.schedule, plan.depth)
+        )
 
     def _undecided(self, plan: Plan, scale: int) -> bool:
         """Whether pruning may start right after a scale, which is up to then dense."""
@@ -131,10 +139,10 @@ class ToProVAR(Policy):
         dense = Plan.dense(schedule, len(self.profile.layer_scores))
         pruned = tuple(self._pruned_scale(schedule, scale) for scale in range(first, len(schedule)))
         scales = dense.scales[:first] + pruned
-        changed = [scale for scale in range(len(scales)) if scales[scale] != dense.scales[scale]]
-        thinned = any(scales[i].kept_tokens != dense.scales[i].kept_tokens for i in changed if scales[i].runs)
+        pairs = enumerate(zip(scales, dense.scales, strict=True))
+        thinned = [i for i, (entry, full) in pairs if entry.runs and entry.kept_tokens != full.kept_tokens]
         selection: Selection = "entropy" if self.profile.source == "layer_before" else "scores"
-        return Plan(schedule, dense.depth, scales, selection, restore_scale=changed[0] - 1 if thinned else None)
+        return Plan(schedule, dense.depth, scales, selection, restore_scale=thinned[0] - 1 if thinned else None)
 
     def _layer_scores(self) -> tuple[float, ...]:
         """R of every layer as used; 0 keeps a layer dense."""
@@ -146,6 +154,8 @@ class ToProVAR(Policy):
 
     def _pruned_scale(self, schedule: ScaleSchedule, scale: int) -> ScalePlan:
         profile, scores, left = self.profile, self._layer_scores(), len(schedule) - scale
+        if profile.token_scales is not None and left > profile.token_scales:
+            scores = (0.0,) * len(scores)
         if left <= profile.dropped_scales or not (self.use_tokens or self.use_layers):
             return ScalePlan.dropped()
         kept = tuple(self._kept_tokens(schedule, scale, score) for score in scores)
