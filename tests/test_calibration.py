@@ -71,17 +71,17 @@ def test_tables_by_singular_ratio_keep_what_is_ambiguous_or_undefined():
 
 def test_candidate_tables_differ_and_prune_something():
     ratios = np.random.default_rng(0).uniform(2, 9, (1, 9)).repeat(4, axis=0)
-    tables = layer_tables.candidates(ratios, ratios)
+    tables = layer_tables.candidates(ratios)
     assert tables[0].detail == (True,) * 9
     assert tables[1].detail == (False, *(True,) * 7, False)
-    assert [sum(table.detail) for table in tables[2:]] == [4, 6]  # the centred ones are the same here
+    assert [sum(table.detail) for table in tables[2:]] == [4, 6]
     undefined = np.full((4, 9), np.inf)
-    assert len(layer_tables.candidates(undefined, undefined)) == 2
+    assert len(layer_tables.candidates(undefined)) == 2
     assert layer_tables.middle_layers(32).detail == tuple(4 <= layer < 28 for layer in range(32))
 
 
 def test_candidates_of_every_stage_are_possible_profiles():
-    tables = layer_tables.candidates(*[np.random.default_rng(i).uniform(2, 9, (4, DEPTH)) for i in (0, 1)])
+    tables = layer_tables.candidates(np.random.default_rng(0).uniform(2, 9, (4, DEPTH)))
     schedule = tuple(Grid(side, side) for side in (1, 2, 4, 6, 8, 12, 16))
     for num_scales in range(2, 8):
         last = candidates.of_last_scales(DEPTH, num_scales, guided=True)
@@ -110,6 +110,7 @@ class MadeUp(Trials):
         self._requests = deal(PROMPTS, 8, 2, seed=0)
         self._text_tokens = 8
         self._costs = {}
+        self.drawn = []
         self._best_table = best_table
         self._suffers = np.zeros(8, bool) if suffers is None else suffers
         shares = rng.uniform(0.3, 0.5, (8, 6)).astype(np.float32)
@@ -120,10 +121,10 @@ class MadeUp(Trials):
             pictures=np.zeros((8, 32, 32, 3), np.uint8),
             focused_shares=shares,
             singular_ratios=np.array([[9.0, 2.0, 3.0, 8.0]] * 8),
-            centred_ratios=np.array([[2.0, 3.0, 8.0, 9.0]] * 8),
         )
 
     def similarity(self, profile, start, num_batches):
+        self.drawn.append((self.runs(profile, start), num_batches))
         lost = 0.02 * profile.alpha_max + 0.1 * profile.dropped_scales + 0.05 * profile.conditional_scales
         lost += 0.05 * (profile.layer_scores != self._best_table)
         suffering = 0.3 * self._suffers[: 2 * num_batches] * (start < 4)
@@ -135,6 +136,8 @@ def searched(trials, target):
     search = Search(trials, lines.append)
     result = search.reach(target)
     assert len(lines) == len(search.tried) > 5
+    stages = [drawn for drawn in getattr(trials, "drawn", ()) if drawn[1] < trials.num_batches]
+    assert len(stages) == len(set(stages))  # nothing is tried twice
     return result, search
 
 
@@ -162,8 +165,8 @@ def test_the_search_finds_the_largest_speedup_at_a_similarity():
 
 
 def test_a_target_out_of_reach_is_refused():
-    with pytest.raises(InputError, match=r"^no settings reach a speed-up of 90.00: choose a lower target$"):
-        searched(MadeUp((1.0,) * 4), Target(speedup=90.0))
+    with pytest.raises(InputError, match=r"^no settings reach a speed-up of 900.00: choose a lower target$"):
+        searched(MadeUp((1.0,) * 4), Target(speedup=900.0))
     trials = MadeUp((1.0,) * 4)
     trials.similarity = lambda _, __, num_batches: np.full(2 * num_batches, 0.5)
     with pytest.raises(InputError, match=r"^no settings keep ssim=0.9: choose a lower target$"):

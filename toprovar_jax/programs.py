@@ -37,9 +37,14 @@ class Recipe(NamedTuple):
 
 
 class Programs:
-    """Compiles each program once, several at a time, and runs it by its key."""
+    """Compiles each program once, several at a time, and runs it by its key.
+
+    Attributes:
+      compiler_options: XLA's, for the programs to come.
+    """
 
     def __init__(self) -> None:
+        self.compiler_options: dict[str, Any] = {}
         self._compiled: dict[Hashable, Any] = {}
 
     def __len__(self) -> int:
@@ -60,7 +65,10 @@ class Programs:
         started = time.perf_counter()
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             # Tracing holds the interpreter, so it stays on one thread; compiling does not.
-            compiling = {key: pool.submit(recipe().lower().compile) for key, recipe in missing.items()}
+            compiling = {
+                key: pool.submit(recipe().lower().compile, self.compiler_options)
+                for key, recipe in missing.items()
+            }
             self._compiled |= {key: program.result() for key, program in compiling.items()}
         return time.perf_counter() - started
 

@@ -64,14 +64,11 @@ def by_singular_ratio(name: str, ratios: Float[np.ndarray, "pictures layers"], n
     return LayerTable(f"{num_detail} by {name}", tuple(detail.tolist()), beta)
 
 
-def candidates(
-    singular_ratios: Float[np.ndarray, "pictures layers"], centred_ratios: Float[np.ndarray, "pictures layers"]
-) -> list[LayerTable]:
+def candidates(singular_ratios: Float[np.ndarray, "pictures layers"]) -> list[LayerTable]:
     """Different tables worth a trial, none of them empty."""
     depth = singular_ratios.shape[1]
     tables = [every_layer(depth), middle_layers(depth)]
     for num_detail in sorted({max(1, depth // 2), max(1, 3 * depth // 4)} - {depth}):
         tables.append(by_singular_ratio("singular ratio", singular_ratios, num_detail))
-        tables.append(by_singular_ratio("centred singular ratio", centred_ratios, num_detail))
     distinct = {table.detail: table for table in reversed(tables) if any(table.detail)}
     return list(reversed(distinct.values()))

@@ -35,7 +35,6 @@ class Observation:
       pictures: RGB.
       focused_shares: rho of every scale (Eq. 3).
       singular_ratios: sigma_1 / sigma_2 of every layer's map at the representative scale (Eq. 4).
-      centred_ratios: the same of maps whose mean is taken away.
     """
 
     schedule: ScaleSchedule
@@ -43,7 +42,6 @@ class Observation:
     pictures: UInt8[np.ndarray, "pictures height width 3"]
     focused_shares: Float[np.ndarray, "pictures scales"]
     singular_ratios: Float[np.ndarray, "pictures layers"]
-    centred_ratios: Float[np.ndarray, "pictures layers"]
 
 
 def deal(prompts: Sequence[str], num_pictures: int, batch_size: int, seed: int) -> list[Request]:
@@ -84,7 +82,6 @@ def observe(pipe: InfinityPipeline, requests: Iterable[Request]) -> Observation:
         pictures=np.concatenate([np.asarray(output.images) for output in outputs]),
         focused_shares=np.concatenate([np.stack([_share(scale) for scale in scales], axis=1) for scales in maps]),
         singular_ratios=np.concatenate([np.asarray(measures.singular_ratio(x)).T for x in layers]),
-        centred_ratios=np.concatenate([np.asarray(measures.singular_ratio(x, centred=True)).T for x in layers]),
     )
 
 

@@ -9,7 +9,7 @@ Source: docs/spec/toprovar.md, sections 3 to 5.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -30,6 +30,8 @@ _SPEEDUPS = (1.05, 8.0)
 _COARSE_STEPS, _FINE_STEPS, _FINE_REACH = 4, 4, 1.3
 # How far below all shares a threshold lies that no picture of the calibration waits for.
 _MARGIN = 0.02
+# Every trial has programs of its own, which draw a few pictures: XLA need not look for the fastest products.
+_COMPILED_IN_HASTE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Search:
         self._trials = trials
         self._report = report
         self._stage_batches = max(1, round(_STAGE_SHARE * trials.num_batches))
+        self._results: dict[Hashable, Result] = {}
         self.tried: list[dict[str, Any]] = []
 
     def reach(self, target: Target) -> Result:
@@ -149,7 +152,7 @@ class Search:
         """Stage by stage."""
         trials, observed = self._trials, self._trials.observed
         best = self._best_of(self._last_scales(), speedup, None)
-        tables = layer_tables.candidates(observed.singular_ratios, observed.centred_ratios)
+        tables = layer_tables.candidates(observed.singular_ratios)
         known = None if best is None else best.candidate
         best = self._best_of(candidates.of_tables(known, tables, trials.num_scales), speedup, best)
         if best is None:
@@ -167,13 +170,20 @@ class Search:
         return best
 
     def _try_out(self, candidate: Candidate, speedup: float, num_batches: int) -> Result | None:
-        """One candidate, all pictures starting as early as they may; None where it does not reach the speed-up."""
+        """One candidate, all pictures starting as early as they may; None where it does not reach the speed-up.
+
+        One that runs as another did is not tried again.
+        """
         start = self._trials.num_scales - candidate.prunable_scales
         profile = self._trials.solve(candidate, speedup, [start])
         if profile is None:
             return None
-        similarity = float(np.mean(self._trials.similarity(profile, start, num_batches)))
-        return self._recorded(Result(profile, candidate, similarity, self._trials.speedup(profile, [start])))
+        key = (self._trials.runs(profile, start), num_batches)
+        if key not in self._results:
+            similarity = float(np.mean(self._trials.similarity(profile, start, num_batches)))
+            speedup = self._trials.speedup(profile, [start])
+            self._results[key] = self._recorded(Result(profile, candidate, similarity, speedup))
+        return self._results[key]
 
     def _recorded(self, result: Result, remark: str = "") -> Result:
         settings = f"{result.candidate}, alpha_max {result.profile.alpha_max:.3f}{remark}"
@@ -253,7 +263,9 @@ def calibrate(
     """
     if pipe.tokenizer is None or pipe.config.text_encoder is None:
         raise InputError("calibration draws prompts: convert the checkpoint again with --text_encoder")
-    trials = Trials(pipe, deal(prompts, num_pictures, batch_size, seed))
+    drawing = InfinityPipeline(pipe.config, pipe.params, dtype=pipe.dtype, tokenizer=pipe.tokenizer)
+    drawing.programs.compiler_options = _COMPILED_IN_HASTE
+    trials = Trials(drawing, deal(prompts, num_pictures, batch_size, seed))
     search = Search(trials, report)
     result = search.reach(target)
     return dataclasses.replace(

@@ -1,7 +1,7 @@
 """Trials: the same pictures drawn again under candidate settings, and what that saves."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from toprovar_jax.calibration.observation import Observation, Request, observe
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.pruning.flops import PlanCost
 from toprovar_jax.pruning.plan import Plan
-from toprovar_jax.pruning.profile import Profile, Source
+from toprovar_jax.pruning.profile import Profile
 from toprovar_jax.pruning.toprovar import ToProVAR
 from toprovar_jax.schedule import ScaleSchedule
 from toprovar_jax.similarity import structural_similarity
@@ -44,7 +44,7 @@ class Trials:
         self._pipe = pipe
         self._requests = requests
         self._text_tokens = max(pipe.tokenizer.encode(request.prompts).tokens.shape[1] for request in requests)
-        self._similarities: dict[tuple[Plan, Source, int], np.ndarray] = {}
+        self._similarities: dict[Hashable, list[np.ndarray]] = {}
         self._costs: dict[Plan, int] = {}
         self.observed: Observation = observe(pipe, requests)
 
@@ -78,6 +78,14 @@ class Trials:
             np.mean([costs[start] for start in starts])
         )
 
+    def runs(self, profile: Profile, start: int) -> Hashable:
+        """What settings come to from a start scale on: equal for those that run alike."""
+        plan = ToProVAR(profile).plan_from(start, self.observed.schedule)
+        spans = {run.span for scale in plan.executed_scales for run in plan.step(scale).scored_runs}
+        # Where all layers share one choice of tokens, it makes no difference whether theirs or all maps are asked.
+        alike = profile.source == "layer_before" or spans <= {(0, self.depth)}
+        return plan, None if alike else profile.source
+
     def similarity(self, profile: Profile, start: int, num_batches: int) -> Float[np.ndarray, "pictures"]:
         """SSIM to the full pictures, of those of the first batches, when all start at one scale.
 
@@ -86,20 +94,20 @@ class Trials:
           start: the scale; the number of scales for never.
           num_batches: how many.
         """
-        return np.concatenate([self._batch_similarity(profile, start, index) for index in range(num_batches)])
+        key = self.runs(profile, start)
+        known = self._similarities.setdefault(key, [])
+        known += [self._batch_similarity(profile, start, index) for index in range(len(known), num_batches)]
+        return np.concatenate(known[:num_batches])
 
     def _batch_similarity(self, profile: Profile, start: int, index: int) -> Float[np.ndarray, "pictures"]:
         request, schedule = self._requests[index], self.observed.schedule
         policy = _FromOneScale(dataclasses.replace(profile, usual_scales=len(schedule) - start), use_scale=False)
-        plan, size = policy.plan_from(start, schedule), len(request.seeds)
-        if plan == Plan.dense(schedule, self.depth):
+        size = len(request.seeds)
+        if policy.plan_from(start, schedule) == Plan.dense(schedule, self.depth):
             return np.ones(size)
-        key = (plan, profile.source, index)
-        if key not in self._similarities:
-            output = self._pipe(request.prompts, seed=request.seeds, output_type="np", policy=policy)
-            full = self.observed.pictures[index * size : (index + 1) * size]
-            self._similarities[key] = np.asarray(structural_similarity(np.asarray(output.images), full))
-        return self._similarities[key]
+        output = self._pipe(request.prompts, seed=request.seeds, output_type="np", policy=policy)
+        full = self.observed.pictures[index * size : (index + 1) * size]
+        return np.asarray(structural_similarity(np.asarray(output.images), full))
 
     def solve(self, candidate: Candidate, speedup: float, starts: Collection[int]) -> Profile | None:
         """The smallest alpha_max that reaches a speed-up; None where none does, or where none stays near it."""

@@ -48,19 +48,15 @@ def focused_share(entropy: Float[Array, "*batch tokens"]) -> Float[Array, "*batc
     return jnp.mean(relative < jnp.mean(relative, axis=-1, keepdims=True), axis=-1, dtype=jnp.float32)
 
 
-def singular_ratio(maps: Float[Array, "*batch height width"], centred: bool = False) -> Float[Array, "*batch"]:
+def singular_ratio(maps: Float[Array, "*batch height width"]) -> Float[Array, "*batch"]:
     """sigma_1 / sigma_2 of maps laid out on their grid; infinite where sigma_2 is 0 but for rounding.
 
     Args:
       maps: entropies.
-      centred: whether the mean of each map is taken away first. A positive map as it is always has a dominant
-        first singular value.
     """
     norm = jnp.linalg.norm(maps, axis=(-2, -1))
     if min(maps.shape[-2:]) < 2:
         return jnp.full_like(norm, jnp.inf)
-    if centred:
-        maps = maps - jnp.mean(maps, axis=(-2, -1), keepdims=True)
     singular = jnp.linalg.svd(maps, compute_uv=False)
     defined = singular[..., 1] > _SMALLEST_SINGULAR_SHARE * norm
     return jnp.where(defined, singular[..., 0] / jnp.where(defined, singular[..., 1], 1), jnp.inf)
