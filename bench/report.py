@@ -48,11 +48,9 @@ def write(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def _commit() -> str:
-    """The checked-out commit; the variable SOURCE_COMMIT tells it where a copy lacks its history or git."""
+    """The variable SOURCE_COMMIT, which tells a copy what it is a copy of; else the checked-out commit."""
     if told := os.environ.get("SOURCE_COMMIT"):
         return told
-    if shutil.which("git") is None:
-        return "unknown"
     git = ["git", "rev-parse", "HEAD"]
     found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else "unknown"
