@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -51,8 +52,11 @@ def _commit() -> str:
     """The variable SOURCE_COMMIT, which tells a copy what it is a copy of; else the checked-out commit."""
     if told := os.environ.get("SOURCE_COMMIT"):
         return told
-    git = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "rev-parse", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
