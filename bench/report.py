@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shutil
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
