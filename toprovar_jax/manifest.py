@@ -16,6 +16,7 @@ from toprovar_jax.errors import InputError
 MANIFEST_NAME = "manifest.json"
 # Lies beside the manifest and carries a digest of its own: it is made after the checkpoint, and made again.
 PROFILE_NAME = "toprovar_profile.json"
+DECISIONS_NAME = "skipvar_decisions.json"
 FORMAT_VERSION = 1
 
 
@@ -99,10 +100,14 @@ class Manifest:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below a folder, sorted; not the manifest, nor a profile, whole or partial."""
+    """Relative names of all files below a folder, sorted; not the manifest, nor what is measured of it later.
+
+    That is a profile, whole or partial, and SkipVAR's decisions.
+    """
     paths = (path for path in folder.rglob("*") if not path.is_dir())
     names = (path.relative_to(folder).as_posix() for path in paths)
-    return sorted(name for name in names if name != MANIFEST_NAME and not name.startswith(PROFILE_NAME))
+    others = (name for name in names if name not in (MANIFEST_NAME, DECISIONS_NAME))
+    return sorted(name for name in others if not name.startswith(PROFILE_NAME))
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:

@@ -10,10 +10,11 @@ from toprovar_jax.pruning.fastvar import FastVAR
 from toprovar_jax.pruning.plan import Plan, PlanError
 from toprovar_jax.pruning.policy import Dense, Fixed, Policy
 from toprovar_jax.pruning.profile import Profile, ProfileError, load_profile
-from toprovar_jax.pruning.skipvar import SkipVAR
+from toprovar_jax.pruning.skipvar import SkipVAR, load_decisions
 from toprovar_jax.pruning.toprovar import ToProVAR
 
-# Those that need nothing but their name, and all: "toprovar" goes by the profile of the checkpoint.
+# Those that need nothing but their name. "toprovar" goes by the profile of the checkpoint, "skipvar" by decisions
+# fitted to it where there are any, else by the published ones.
 POLICIES: dict[str, Callable[[], Policy]] = {"dense": Dense, "fastvar": FastVAR, "skipvar": SkipVAR}
 
 
@@ -35,6 +36,8 @@ def resolve_policy(
     """
     if policy == "toprovar":
         policy = ToProVAR(_profile(folder))
+    if policy == "skipvar" and folder is not None and (decisions := load_decisions(folder)) is not None:
+        return SkipVAR(decisions)
     if isinstance(policy, ToProVAR):
         policy.profile.check_checkpoint(checkpoint)
     if isinstance(policy, Policy):

@@ -6,7 +6,9 @@ Source: docs/spec/fastvar_skipvar.md, section B.
 import dataclasses
 import functools
 import json
+import os
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from toprovar_jax.errors import InputError
+from toprovar_jax.manifest import DECISIONS_NAME
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.pruning.logistic import LogisticModel
 from toprovar_jax.pruning.plan import Plan, ScalePlan
@@ -68,6 +71,23 @@ def published_model(target: str = "0.84") -> DecisionModel:
     if target not in models:
         raise InputError(f"no SkipVAR model was published for {target!r}: choose one of {', '.join(models)}")
     return DecisionModel.from_json(models[target])
+
+
+def load_decisions(folder: str | os.PathLike[str]) -> DecisionModel | None:
+    """The decision model beside a checkpoint's manifest; None where none was fitted (`bench.fit_skipvar`).
+
+    Raises:
+      InputError: the file is no decision model.
+    """
+    path = Path(folder) / DECISIONS_NAME
+    try:
+        return DecisionModel.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(
+            f"cannot read {path}: {error}; fit it again with `python -m bench.fit_skipvar`"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
