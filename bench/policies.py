@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
+from bench import image_plans
 from bench.flop_counter import Counter, countable, total
 from bench.policy_cases import Case
 from bench.scenes import detector, score
-from bench.scenes.assess import generate
 from bench.scenes.prompts import Prompt
 from toprovar_jax.output import Timings
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.programs import COMPILED_IN_HASTE
 from toprovar_jax.pruning.plan import Plan
 from toprovar_jax.similarity import mean_squared_error, structural_similarity
 
@@ -57,25 +58,29 @@ def run_cases(
 ) -> list[Run]:
     """Generates and measures every case's pictures.
 
+    The pictures' programs are compiled in haste; those that are timed are the ones that the pipeline always runs.
+
     Args:
       pipeline: the model.
       cases: what to run; the first is the reference.
       asked: the prompts.
       num_seeds: pictures of every prompt.
       seed: of the first picture; the next ones count up.
-      batch_size: pictures generated at once; all of a batch follow the plan of the most demanding one.
+      batch_size: pictures generated at once; each follows the plan that its policy chooses for it alone.
       **settings: the pipeline's, as `guidance_scale`.
     """
     repeated = [*asked] * num_seeds
+    texts, seeds = [prompt.text for prompt in repeated], [seed + index for index in range(len(repeated))]
+    drawing = InfinityPipeline(
+        pipeline.config, pipeline.params, dtype=pipeline.dtype, tokenizer=pipeline.tokenizer
+    )
+    drawing.programs.compiler_options = COMPILED_IN_HASTE
     reference: np.ndarray | None = None
     runs = []
-    for case in cases:
-        batches = generate(pipeline, repeated, seed=seed, batch_size=batch_size, policy=case.policy, **settings)
-        progress = tqdm(batches, case.name, total=-(-len(repeated) // batch_size), unit="batch")
-        made = [(pictures, [plan] * len(pictures)) for pictures, plan in progress]
-        pictures = np.concatenate([batch for batch, _ in made])
+    for case in (progress := tqdm(cases, unit="case")):
+        progress.set_description(case.name)
+        pictures, plans = image_plans.draw(drawing, texts, seeds, case.policy, batch_size, **settings)
         reference = pictures if reference is None else reference
-        plans = [plan for _, followed in made for plan in followed]
         timings = _time(pipeline, case, asked[0], seed, settings)
         similarity, error = _compare(pictures, reference, batch_size)
         by_prompt = {

@@ -32,6 +32,12 @@ _TARGET = flags.DEFINE_string(
     "fewest operations at this mean similarity.",
     flag_values=FLAGS,
 )
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir",
+    None,
+    "Folder for the profile; default: the checkpoint's, for --policy toprovar.",
+    flag_values=FLAGS,
+)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 24, "Pictures to judge by.", lower_bound=1, flag_values=FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", lower_bound=1, flag_values=FLAGS)
 _SEED = flags.DEFINE_integer(
@@ -49,7 +55,8 @@ def main() -> None:
         raise InputError("no prompts: pass --prompts FILE with one prompt per line")
     prompts = command_line.read_prompts(_PROMPTS.value)
     load_manifest(_CHECKPOINT.value)
-    check_writable(_CHECKPOINT.value)
+    folder = _CHECKPOINT.value if _OUTPUT_DIR.value is None else _OUTPUT_DIR.value
+    check_writable(folder)
     command_line.use_compilation_cache()
     pipe = InfinityPipeline.from_pretrained(_CHECKPOINT.value, _DTYPE.value)
     profile = calibrate(
@@ -62,7 +69,7 @@ def main() -> None:
     )
     reached = profile.calibration
     print(f"reached ssim {reached['ssim']:.4f} at {reached['speedup']:.2f}x fewer operations")
-    print(f"wrote {profile.save(_CHECKPOINT.value)}")
+    print(f"wrote {profile.save(folder)}")
 
 
 if __name__ == "__main__":

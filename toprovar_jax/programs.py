@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
+# Options of XLA for programs that draw too few pictures to be worth a search for the fastest products.
+COMPILED_IN_HASTE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
 
 class Recipe(NamedTuple):
     """How to compile a program.

@@ -21,6 +21,7 @@ from toprovar_jax.calibration.observation import deal
 from toprovar_jax.calibration.trials import Trials
 from toprovar_jax.errors import InputError
 from toprovar_jax.pipeline import InfinityPipeline
+from toprovar_jax.programs import COMPILED_IN_HASTE
 from toprovar_jax.pruning.profile import Crossing, Profile
 
 # Stages compare candidates on this share of the pictures.
@@ -30,8 +31,6 @@ _SPEEDUPS = (1.05, 8.0)
 _COARSE_STEPS, _FINE_STEPS, _FINE_REACH = 4, 4, 1.3
 # How far below all shares a threshold lies that no picture of the calibration waits for.
 _MARGIN = 0.02
-# Every trial has programs of its own, which draw a few pictures: XLA need not look for the fastest products.
-_COMPILED_IN_HASTE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +263,7 @@ def calibrate(
     if pipe.tokenizer is None or pipe.config.text_encoder is None:
         raise InputError("calibration draws prompts: convert the checkpoint again with --text_encoder")
     drawing = InfinityPipeline(pipe.config, pipe.params, dtype=pipe.dtype, tokenizer=pipe.tokenizer)
-    drawing.programs.compiler_options = _COMPILED_IN_HASTE
+    drawing.programs.compiler_options = COMPILED_IN_HASTE
     trials = Trials(drawing, deal(prompts, num_pictures, batch_size, seed))
     search = Search(trials, report)
     result = search.reach(target)
