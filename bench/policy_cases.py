@@ -1,7 +1,7 @@
 """The policies that `bench.quality --policies` compares: a line each."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from toprovar_jax.errors import InputError
 from toprovar_jax.pruning.fastvar import FastVAR
@@ -26,15 +26,22 @@ class Case:
     against: tuple[str, ...] = ()
 
 
-def all_cases(profile: Profile | None) -> tuple[Case, ...]:
+def all_cases(
+    profile: Profile | None, skipvar: SkipVAR | None = None, more: Mapping[str, Profile] | None = None
+) -> tuple[Case, ...]:
     """All cases, the dense one first; those of ToProVAR need a profile.
 
     The ablations name what is left on: the rows of the paper's Table 10, and a start that all images share.
+
+    Args:
+      profile: of the checkpoint.
+      skipvar: with decisions that were fitted to the checkpoint; None takes the published ones.
+      more: other profiles of the checkpoint by name, for instance one that saves as much as a peer does.
     """
     peers = (
         Case("dense", Dense()),
         Case("fastvar", FastVAR()),
-        Case("skipvar", SkipVAR()),
+        Case("skipvar", skipvar or SkipVAR()),
     )
     if profile is None:
         return peers
@@ -43,6 +50,10 @@ def all_cases(profile: Profile | None) -> tuple[Case, ...]:
     return (
         *peers,
         Case("toprovar", full, against=("fastvar", "skipvar")),
+        *(
+            Case(f"toprovar {name}", ToProVAR(other), against=("fastvar", "skipvar", "toprovar"))
+            for name, other in (more or {}).items()
+        ),
         Case("fixed exit", ablate(full, use_scale=False, use_layers=False, use_tokens=False)),
         Case("scale", ablate(full, use_layers=False, use_tokens=False)),
         Case("scale+token", ablate(full, use_layers=False)),

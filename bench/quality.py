@@ -22,8 +22,10 @@ from bench.scenes.assess import assess, draw_sheet, sheet_order
 from bench.scenes.prompts import Prompt, load_prompts
 from toprovar_jax import command_line
 from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.errors import InputError
 from toprovar_jax.pipeline import InfinityPipeline
-from toprovar_jax.pruning.profile import load_profile
+from toprovar_jax.pruning.profile import Profile, load_profile
+from toprovar_jax.pruning.skipvar import SkipVAR, load_decisions
 
 
 def main() -> None:
@@ -72,7 +74,13 @@ def _compare_policies(
 ) -> tuple[dict[str, Any], Image.Image]:
     """A row per policy, and the frontier."""
     values = flags.FLAGS
-    cases = policy_cases.choose(values.policies, policy_cases.all_cases(load_profile(values.checkpoint)))
+    decisions = load_decisions(values.checkpoint)
+    known = policy_cases.all_cases(
+        load_profile(values.checkpoint),
+        None if decisions is None else SkipVAR(decisions),
+        more_profiles(values.profiles),
+    )
+    cases = policy_cases.choose(values.policies, known)
     asked = tuple(prompt for prompt in asked if not prompt.held_out)
     runs = policies.run_cases(
         pipeline,
@@ -90,18 +98,32 @@ def _compare_policies(
     return numbers, policy_rows.draw_frontier(rows)
 
 
+def more_profiles(arguments: list[str]) -> dict[str, Profile]:
+    """Profiles by name, from "name=folder"."""
+    profiles = {}
+    for argument in arguments:
+        name, _, folder = argument.partition("=")
+        if not folder or (profile := load_profile(folder)) is None:
+            raise InputError(
+                f"no profile at {argument!r}: pass name=FOLDER, with a folder that calibration wrote to"
+            )
+        profiles[name] = profile
+    return profiles
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", str(EMBEDDED), "Folder of the model.")
     flags.DEFINE_enum(
         "prompts", "evaluation", ["evaluation", "tuning"], "Which prompts; settings are chosen on the tuning ones."
     )
     flags.DEFINE_list("policies", [], "Policies to compare, or all; the dense one always comes along.")
+    flags.DEFINE_list("profiles", [], "More profiles to compare, as name=FOLDER, each as policy 'toprovar name'.")
     flags.DEFINE_integer("num_seeds", 1, "Pictures of every prompt under every policy.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "Default: the checkpoint's.")
     flags.DEFINE_float("temperature", None, "Default: the checkpoint's.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
     flags.DEFINE_integer(
-        "batch_size", 32, "Pictures generated at once; they share a plan, the one of the most demanding picture."
+        "batch_size", 32, "Pictures generated at once; with --policies, each still follows its own plan."
     )
     flags.DEFINE_integer("seed", 0, "Seed of the first picture; the next ones count up.")
     flags.DEFINE_string("output", "bench/results/quality", "Path of the JSON and the PNG, without suffix.")

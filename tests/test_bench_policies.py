@@ -137,6 +137,17 @@ def test_toprovar_needs_a_profile():
         assert case.policy.plans(SCHEDULE, 2)
 
 
+def test_more_profiles_are_compared_by_name(tmp_path):
+    PROFILE.save(tmp_path)
+    more = quality.more_profiles([f"gentle={tmp_path}"])
+    assert more == {"gentle": PROFILE}
+    (gentle,) = (case for case in all_cases(PROFILE, more=more) if case.name == "toprovar gentle")
+    assert gentle.against == ("fastvar", "skipvar", "toprovar")
+    for argument in ("gentle", "gentle=", f"gentle={tmp_path / 'nowhere'}"):
+        with pytest.raises(InputError, match=r"^no profile at 'gentle.*': pass name=FOLDER, with a folder that"):
+            quality.more_profiles([argument])
+
+
 def test_cases_are_chosen_by_name():
     known = all_cases(PROFILE)
     assert [case.name for case in policy_cases.choose(["toprovar"], known)] == ["dense", "toprovar"]
@@ -156,6 +167,7 @@ def test_the_command_compares_policies(pipeline, tmp_path, monkeypatch, capsys):
         "checkpoint": tmp_path,
         "prompts": "tuning",
         "policies": ["fastvar"],
+        "profiles": [],
         "num_seeds": 1,
         "guidance_scale": None,
         "temperature": None,
