@@ -194,6 +194,7 @@ def main() -> None:
     """Draws, fits, prints and writes."""
     values = flags.FLAGS
     target = Target.from_text(values.target)
+    command_line.use_compilation_cache()
     pipeline = InfinityPipeline.from_pretrained(values.checkpoint)
     pipeline.programs.compiler_options = COMPILED_IN_HASTE
     prompts = [prompt.text for prompt in load_prompts("tuning")][: values.num_images]

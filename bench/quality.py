@@ -31,6 +31,7 @@ from toprovar_jax.pruning.skipvar import SkipVAR, load_decisions
 def main() -> None:
     """Generates, scores, prints and writes."""
     values = flags.FLAGS
+    command_line.use_compilation_cache()
     pipeline = InfinityPipeline.from_pretrained(values.checkpoint, values.dtype)
     settings = {"guidance_scale": values.guidance_scale, "temperature": values.temperature}
     asked = load_prompts(values.prompts)

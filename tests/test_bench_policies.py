@@ -180,6 +180,7 @@ def test_the_command_compares_policies(pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality.flags, "FLAGS", types.SimpleNamespace(**values))
     monkeypatch.setattr(quality, "load_prompts", lambda _: (*ASKED[:2], held_out))
     monkeypatch.setattr(InfinityPipeline, "from_pretrained", lambda *_: pipeline)
+    monkeypatch.setattr(quality.command_line, "use_compilation_cache", lambda: None)
     quality.main()
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["policy", "dense", "fastvar", "fastvar", "wrote"]

@@ -72,10 +72,16 @@ def of_tables(best: Candidate | None, tables: list[LayerTable], num_scales: int)
 
 
 def of_the_rest(best: Candidate, num_scales: int) -> list[Candidate]:
-    """Whose entropies choose tokens, and one scale more or less."""
+    """Whose entropies choose tokens, and one scale more or less that is pruned, or that runs on fewer tokens."""
     sources: tuple[Source, ...] = ("same_layers", "all_layers")
     others = [dataclasses.replace(best, source=source) for source in sources]
     others.append(dataclasses.replace(best, source="layer_before", table=best.table.without_first()))
+    if best.token_scales is not None:
+        others += [
+            dataclasses.replace(best, token_scales=scales)
+            for scales in (best.token_scales - 1, best.token_scales + 1)
+            if best.dropped_scales < scales < best.prunable_scales
+        ]
     return others + [
         best.with_scales(scales)
         for scales in (best.prunable_scales - 1, best.prunable_scales + 1)
