@@ -119,21 +119,24 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "rows tokens channels"], rotation: Rotation, attend: Attend[T]
     ) -> tuple[Float[Array, "rows tokens channels"], T]:
         heads, dtype = self.log_scale.shape[0], self.query_bias.dtype
-        query, key, value = jnp.split(self.query_key_value(x), 3, axis=-1)
-        query = split_heads(query + self.query_bias[...], heads)
-        key = split_heads(key, heads)
+        # Queries and keys go through as one array of twice the heads; keys have neither bias nor scale.
+        bias = jnp.concatenate([self.query_bias[...], jnp.zeros_like(self.query_bias[...])])
+        query_key, value = jnp.split(self.query_key_value(x), [bias.size], axis=-1)
+        query_key = split_heads(query_key + bias, 2 * heads)
         value = split_heads(value + self.value_bias[...], heads)
         # The scale is learned per head, so attention itself runs with scale 1.
         scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE).astype(jnp.float32))
-        query = rope.rotate(_normalize(query) * scale[:, None], *rotation).astype(dtype)
-        key = rope.rotate(_normalize(key), *rotation).astype(dtype)
+        query_key = _normalize(query_key) * jnp.concatenate([scale, jnp.ones_like(scale)])[:, None]
+        query, key = jnp.split(rope.rotate(query_key, *rotation).astype(dtype), 2, axis=-2)
         output, result = attend(query, key, value)
         return self.output(output.reshape(x.shape)), result
 
 
 def _normalize(x: Float[Array, "rows tokens heads head_dim"]) -> Float[Array, "rows tokens heads head_dim"]:
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)), 1e-12)
+    # Held, or XLA for GPUs writes the quotient out in float32 for the rotation to read.
+    length = jax.lax.optimization_barrier(jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)))
+    return x / jnp.maximum(length, 1e-12)
 
 
 class Block(nnx.Module):

@@ -90,7 +90,8 @@ def rotate(
       cos: one row per token, for all of the batch or for each entry apart.
       sin: the same.
     """
-    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    u, v = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.stack([u * cos - v * sin, u * sin + v * cos], axis=-1).reshape(x.shape)
+    # Pairs are swapped and tables repeated, so that XLA for GPUs reads and writes x in order.
+    swapped = jnp.flip(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), axis=-1).reshape(x.shape)
+    cos = jnp.repeat(cos, 2, axis=-1)[..., None, :]
+    sin = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)
+    return x * cos + swapped * sin
