@@ -9,7 +9,11 @@ import pytest
 
 from tests import tiny
 from toprovar_jax import checkpoint, manifest
+from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.pruning.flops import PlanCost
 from toprovar_jax.pruning.profile import PROFILE_NAME, Profile, ProfileError, check_writable, load_profile
+from toprovar_jax.pruning.toprovar import ToProVAR
+from toprovar_jax.schedule import scale_schedule
 
 PROFILE = Profile(
     layer_scores=(0.0, 0.25, 1.0),
@@ -111,3 +115,13 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path):
         check_writable("/proc")
     with refused(rf"^cannot read {tmp_path}/{PROFILE_NAME}: .*Is a directory"):
         load_profile(tmp_path)
+
+
+def test_the_model_in_the_package_has_one_that_saves_what_it_says():
+    model, profile = manifest.load_manifest(EMBEDDED), load_profile(EMBEDDED)
+    profile.check_checkpoint(model.digest)
+    schedule = scale_schedule(pixels=model.config.defaults.pixels)
+    *_, dense = plans = ToProVAR(profile).plans(schedule, model.config.transformer.depth)
+    costs = [PlanCost(model.config.transformer, plan).loop().total for plan in (plans[0], dense)]
+    assert costs[1] / costs[0] == pytest.approx(profile.calibration["speedup"], rel=0.01)
+    assert profile.calibration["speedup"] >= 3.4
