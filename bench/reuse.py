@@ -28,19 +28,24 @@ _LEAST_SHARE = 0.6  # of the saved operations, on a CPU
 _COMPILES = "/jax/core/compile/backend_compile_duration"
 
 
-def measure(pipeline: InfinityPipeline, policy: str, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+def measure(
+    pipeline: InfinityPipeline, policies: Sequence[str], prompts: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
     """Draws prompts one by one after one of every length; what was compiled, and how long the loop took.
+
+    Policies take turns, so that whatever else the machine does slows all of them alike.
 
     Raises:
       InputError: something was compiled after the first ones.
     """
     assert pipeline.tokenizer is not None
 
-    def draw(index: int) -> PipelineOutput:
+    def draw(index: int, policy: str) -> PipelineOutput:
         return pipeline(prompts[index], seed=seed + index, policy=policy, output_type="np")
 
     lengths = [pipeline.tokenizer.encode([prompt]).tokens.shape[1] for prompt in prompts]
-    first = [draw(lengths.index(length)) for length in sorted(set(lengths))]
+    different = sorted(set(lengths))
+    first = {policy: [draw(lengths.index(length), policy) for length in different] for policy in policies}
     programs, compiled = len(pipeline.programs), list[float]()
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -48,21 +53,33 @@ def measure(pipeline: InfinityPipeline, policy: str, prompts: Sequence[str], see
             compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    outputs = [draw(index) for index in range(len(prompts))]
+    drawn: dict[str, list[PipelineOutput]] = {policy: [] for policy in policies}
+    for index in range(len(prompts)):
+        for policy in policies:
+            drawn[policy].append(draw(index, policy))
     jax.monitoring.unregister_event_duration_listener(listen)
-    if compiled or len(pipeline.programs) != programs or any(output.timings.compile for output in outputs):
+    late = [output for outputs in drawn.values() for output in outputs if output.timings.compile]
+    if compiled or late or len(pipeline.programs) != programs:
         raise InputError(f"{len(compiled)} programs were compiled for prompts that needed none")
+    return {
+        policy: {
+            "prompts": len(prompts),
+            "text_lengths": different,
+            "compile_seconds_of_first": [output.timings.compile for output in first[policy]],
+            "compiled_afterwards": len(compiled),
+            **_summary(pipeline, outputs),
+        }
+        for policy, outputs in drawn.items()
+    }
+
+
+def _summary(pipeline: InfinityPipeline, outputs: Sequence[PipelineOutput]) -> dict[str, Any]:
     transformer = pipeline.config.transformer
     guided = pipeline.config.defaults.guidance_scale != 1
     costs = [PlanCost(transformer, output.plan, guided=guided).loop().total for output in outputs]
     dense = PlanCost(transformer, Plan.dense(outputs[0].plan.schedule, transformer.depth), guided=guided)
     scales = np.array([output.timings.scales for output in outputs])
     return {
-        "prompts": len(prompts),
-        "text_lengths": sorted(set(lengths)),
-        "compile_seconds_of_first": [output.timings.compile for output in first],
-        "programs": programs,
-        "compiled_afterwards": len(compiled),
         "times_fewer_operations": dense.loop().total / statistics.fmean(costs),
         "loop_ms": 1e3 * float(np.median(scales.sum(axis=1))),
         "scale_ms": (1e3 * np.median(scales, axis=0)).tolist(),
@@ -76,14 +93,14 @@ def main() -> None:
     values = flags.FLAGS
     pipeline = InfinityPipeline.from_pretrained(values.checkpoint)
     prompts = [prompt.text for prompt in load_prompts("evaluation")][:: values.stride][: values.num_prompts]
-    results: dict[str, dict[str, Any]] = {}
-    for policy in ("dense", values.policy):
-        results[policy] = found = measure(pipeline, policy, prompts, values.seed)
+    results = measure(pipeline, ("dense", values.policy), prompts, values.seed)
+    for policy, found in results.items():
         print(
-            f"{policy}: {sum(found['compile_seconds_of_first']):.1f} s to compile, {found['programs']} programs "
-            f"so far; then {len(prompts)} prompts, {found['compiled_afterwards']} compiled; loop "
-            f"{found['loop_ms']:.1f} ms, text {found['text_ms']:.1f} ms, decoder {found['decode_ms']:.1f} ms"
+            f"{policy}: {sum(found['compile_seconds_of_first']):.1f} s to compile; then {len(prompts)} prompts, "
+            f"{found['compiled_afterwards']} programs compiled; loop {found['loop_ms']:.1f} ms, text "
+            f"{found['text_ms']:.1f} ms, decoder {found['decode_ms']:.1f} ms"
         )
+    print(f"{len(pipeline.programs)} programs in all")
     pruned = results[values.policy]
     faster = results["dense"]["loop_ms"] / pruned["loop_ms"]
     part = faster / pruned["times_fewer_operations"]
@@ -94,7 +111,13 @@ def main() -> None:
     record = {"checkpoint": pipeline.checkpoint_digest, "dtype": pipeline.dtype, "seed": values.seed}
     path = report.write(
         Path(values.output).name,
-        {**record, "policies": results, "loop_faster": faster, "share_of_saved_operations": part},
+        {
+            **record,
+            "programs": len(pipeline.programs),
+            "policies": results,
+            "loop_faster": faster,
+            "share_of_saved_operations": part,
+        },
         Path(values.output).parent,
     )
     print(f"wrote {path}")
