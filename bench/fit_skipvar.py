@@ -201,8 +201,9 @@ def main() -> None:
     samples, costs = collect(pipeline, prompts, values.seed, values.batch_size)
     model, similarity = fit_target(samples, costs, target)
     saved = 1 / share(model, samples, costs)
-    print(f"SSIM with scales dropped: {samples.skip.mean(axis=0).round(4).tolist()}")
-    print(f"SSIM with scales unguided: {samples.uncond.mean(axis=0).round(4).tolist()}")
+    for way, columns in (("dropped", samples.skip), ("unguided", samples.uncond)):
+        means = ", ".join(f"{mean:.4f}" for mean in columns.mean(axis=0))
+        print(f"SSIM with the last 1, 2 and 3 scales {way}: {means}")
     print(f"decisions for SSIM {similarity:.4f} of every picture: {saved:.2f}x fewer operations")
     record: dict[str, Any] = {
         **dataclasses.asdict(model),
