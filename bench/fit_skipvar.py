@@ -7,7 +7,6 @@ target. Writes coefficients as JSON beside the checkpoint, where policy "skipvar
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from toprovar_jax.programs import COMPILED_IN_HASTE
 from toprovar_jax.pruning.flops import PlanCost
 from toprovar_jax.pruning.logistic import LogisticModel
 from toprovar_jax.pruning.policy import Fixed
-from toprovar_jax.pruning.skipvar import DecisionModel, SkipVAR
+from toprovar_jax.pruning.skipvar import DecisionModel, SkipVAR, decisions_text
 from toprovar_jax.similarity import structural_similarity
 
 _LEVELS = 3  # a decision changes up to so many scales
@@ -216,7 +215,7 @@ def main() -> None:
         },
     }
     path = Path(values.checkpoint) / DECISIONS_NAME
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(decisions_text(record), encoding="utf-8")
     print(f"wrote {path}")
 
 

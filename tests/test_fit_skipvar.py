@@ -1,18 +1,17 @@
 """Fitting SkipVAR's decisions: labels and coefficients by hand, and pictures of a tiny model."""
 
-import json
-
 import numpy as np
 import pytest
 
 from bench.fit_skipvar import Samples, collect, fit, fit_logistic, fit_target, labels, share
 from tests import tiny
 from toprovar_jax.calibration.search import Target
+from toprovar_jax.checkpoint import EMBEDDED
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import DECISIONS_NAME
 from toprovar_jax.pruning.policies import resolve_policy
 from toprovar_jax.pruning.policy import Dense
-from toprovar_jax.pruning.skipvar import SkipVAR
+from toprovar_jax.pruning.skipvar import SkipVAR, decisions_text, load_decisions
 
 COSTS = np.array([10, 9, 8, 7, 5, 3, 1.0])
 
@@ -71,9 +70,33 @@ def test_fitted_decisions_are_found_beside_the_checkpoint(tmp_path):
     assert resolve_policy("skipvar", tmp_path) == SkipVAR()
     model = fit(made_up_samples(), 0.9)
     content = {name: {**vars(getattr(model, name))} for name in ("skip", "uncond")}
-    (tmp_path / DECISIONS_NAME).write_text(json.dumps({**content, "fitted": {}}))
+    text = decisions_text({**content, "fitted": {"speedup": 3.5}})
+    (tmp_path / DECISIONS_NAME).write_text(text)
     assert resolve_policy("skipvar", tmp_path) == SkipVAR(model)
     assert resolve_policy("dense", tmp_path) == Dense()
     (tmp_path / DECISIONS_NAME).write_text("{}")
     with pytest.raises(InputError, match=r"cannot read .*skipvar_decisions.json: not a decision model: .*fit it"):
         resolve_policy("skipvar", tmp_path)
+
+
+def test_any_damage_to_fitted_decisions_is_noticed(tmp_path):
+    model = fit(made_up_samples(), 0.9)
+    text = decisions_text({name: {**vars(getattr(model, name))} for name in ("skip", "uncond")})
+    damaged = [
+        text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :] for position in range(len(text))
+    ]
+    for content in (*damaged, text[:-1], text[: len(text) // 2], text + "\n"):
+        (tmp_path / DECISIONS_NAME).write_text(content)
+        with pytest.raises(
+            InputError, match=r"^cannot read .*skipvar_decisions.json: .*; fit it again with `python"
+        ):
+            load_decisions(tmp_path)
+    (tmp_path / DECISIONS_NAME).write_text(text.replace("0", "1", 1))
+    with pytest.raises(InputError, match="it was altered after it was written"):
+        load_decisions(tmp_path)
+    (tmp_path / DECISIONS_NAME).write_text(text)
+    assert load_decisions(tmp_path) == model
+
+
+def test_the_decisions_in_the_package_are_as_they_were_fitted():
+    assert load_decisions(EMBEDDED) is not None

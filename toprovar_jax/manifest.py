@@ -14,7 +14,7 @@ from toprovar_jax.config import CheckpointConfig, ConfigError
 from toprovar_jax.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
-# Lies beside the manifest and carries a digest of its own: it is made after the checkpoint, and made again.
+# These lie beside the manifest and carry digests of their own: they are made after the checkpoint, and made again.
 PROFILE_NAME = "toprovar_profile.json"
 DECISIONS_NAME = "skipvar_decisions.json"
 FORMAT_VERSION = 1

@@ -5,6 +5,7 @@ Source: docs/spec/fastvar_skipvar.md, section B.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from importlib import resources
@@ -73,15 +74,30 @@ def published_model(target: str = "0.84") -> DecisionModel:
     return DecisionModel.from_json(models[target])
 
 
+def decisions_text(content: dict[str, Any]) -> str:
+    """The one and only text of a decision model's file, with a digest of its own; `load_decisions` reads it.
+
+    Args:
+      content: the model as `DecisionModel.from_json` takes it, and whatever tells how it was fitted.
+    """
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True) + "\n"
+
+
 def load_decisions(folder: str | os.PathLike[str]) -> DecisionModel | None:
     """The decision model beside a checkpoint's manifest; None where none was fitted (`bench.fit_skipvar`).
 
     Raises:
-      InputError: the file is no decision model.
+      InputError: the file is no decision model, or not as it was written.
     """
     path = Path(folder) / DECISIONS_NAME
     try:
-        return DecisionModel.from_json(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        model = DecisionModel.from_json(content)
+        if decisions_text({name: value for name, value in content.items() if name != "digest"}) != text:
+            raise InputError("it was altered after it was written")
+        return model
     except FileNotFoundError:
         return None
     except (OSError, ValueError, InputError) as error:
