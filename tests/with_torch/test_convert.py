@@ -1,24 +1,33 @@
-"""Published files -> our parameters: every layout is read, every misfit is named."""
+"""Published tensors -> our parameters: every one finds its place, every misfit is named."""
 
 import dataclasses
 import json
-import os
-import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import transformers
 
 from bench import synthetic_checkpoint
 from convert import architecture, conversion, names
-from convert.readers import Weights, read_weights
 from convert.reference import bsq_vae, infinity
 from tests.reference import golden
 from tests.reference.parameters import infinity_parameters, vae_parameters
+from tests.with_torch.official import (
+    CONFIG,
+    EXPECTED_TRANSFORMER,
+    EXPECTED_VAE,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    assert_equal,
+    flat_spelling,
+    map_infinity,
+    map_text_encoder,
+    map_vae,
+    weights,
+)
 from toprovar_jax import checkpoint
 from toprovar_jax.config import (
     ARCHITECTURES,
@@ -26,71 +35,10 @@ from toprovar_jax.config import (
     VAE_STRIDE_16,
     CheckpointConfig,
     ConfigError,
-    InfinityConfig,
     T5Config,
     VAEConfig,
 )
 from toprovar_jax.errors import InputError
-
-CONFIG = CheckpointConfig(
-    transformer=InfinityConfig(
-        depth=4,
-        embed_dim=32,
-        num_heads=4,
-        mlp_dim=64,
-        code_dim=6,
-        num_chunks=2,
-        text_channels=128,
-        text_max_length=9,
-    ),
-    vae=VAEConfig(code_dim=6, base_channels=32, channel_multipliers=(1, 2, 2)),
-    text_encoder=T5Config(
-        vocab_size=synthetic_checkpoint.VOCABULARY,
-        embed_dim=128,
-        num_layers=2,
-        num_heads=2,
-        head_dim=24,
-        mlp_dim=40,
-        num_buckets=16,
-        max_distance=64,
-    ),
-)
-TRANSFORMER = synthetic_checkpoint.transformer_tensors(CONFIG.transformer)
-VAE = synthetic_checkpoint.vae_tensors(CONFIG.vae)
-TEXT_ENCODER = synthetic_checkpoint.text_encoder_tensors(CONFIG.text_encoder)
-
-
-def weights(tensors, path):
-    return Weights(Path(path), (), tensors)
-
-
-def map_infinity(found):
-    """Parameters by path, with the configuration that the file tells."""
-    transformer = architecture.infinity_config(found, CONFIG.vae, rope_mode=2, level_embedding_per_chunk=False)
-    return checkpoint.flatten(conversion.map_parameters(found, "transformer", transformer))
-
-
-def map_vae(found):
-    return checkpoint.flatten(conversion.map_parameters(found, "vae", architecture.vae_config(found)))
-
-
-def map_text_encoder(found):
-    return checkpoint.flatten(conversion.map_parameters(found, "text_encoder", architecture.t5_config(found)))
-
-
-def assert_equal(actual, expected):
-    assert actual.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_array_equal(np.asarray(actual[path]), np.asarray(value), err_msg=path)
-
-
-EXPECTED_TRANSFORMER = checkpoint.flatten(
-    infinity_parameters(CONFIG.transformer, "float32", {name: x.numpy() for name, x in TRANSFORMER.items()})
-)
-EXPECTED_VAE = checkpoint.flatten(
-    vae_parameters(CONFIG.vae, "float32", {name: x.numpy() for name, x in VAE.items()})
-)
-
 
 # The tables against the specification, through the reference modules that are written from it.
 
@@ -192,7 +140,7 @@ def test_the_state_of_the_official_modules_is_accepted(tmp_path):
     )
 
 
-# Layouts of files.
+# Values.
 
 
 def test_values_are_those_of_an_independent_mapping(tmp_path):
@@ -222,99 +170,6 @@ def test_text_encoder_values(tmp_path):
         ("blocks/1/mlp_norm/scale", "encoder.block.1.layer.1.layer_norm.weight"),
     ]:
         np.testing.assert_array_equal(mapped[path], TEXT_ENCODER[name].numpy(), err_msg=path)
-
-
-def flat_spelling(tensors):
-    """Names without the level that the published modules add."""
-    flat = {}
-    for name, x in tensors.items():
-        head, kind = name.rsplit(".", 1)
-        flat[f"{head.removesuffix('.conv').removesuffix('.norm')}.{kind}"] = x
-    return flat
-
-
-def save_shards(folder, tensors, index_name):
-    safe = "safetensors" in index_name
-    items = list(tensors.items())
-    owners = {}
-    for number in range(3):
-        shard = dict(items[number::3])
-        name = f"model-{number + 1:05d}-of-00003.{'safetensors' if safe else 'bin'}"
-        safetensors.torch.save_file(shard, folder / name) if safe else torch.save(shard, folder / name)
-        owners |= dict.fromkeys(shard, name)
-    (folder / index_name).write_text(json.dumps({"metadata": {}, "weight_map": owners}))
-
-
-def write_pth(folder):
-    torch.save(TRANSFORMER, folder / "model.pth")
-    return folder / "model.pth"
-
-
-def write_old_pth(folder):
-    torch.save(TRANSFORMER, folder / "model.pth", _use_new_zipfile_serialization=False)
-    return folder / "model.pth"
-
-
-def write_fine_tuning(folder):
-    averaged = {name: torch.zeros_like(x) for name, x in TRANSFORMER.items()}
-    trainer = {"gpt_fsdp": TRANSFORMER, "gpt_ema_fsdp": averaged, "config": {"lr": 1e-4}}
-    torch.save({"epoch": 3, "trainer": trainer, "args": {"pn": "1M"}}, folder / "ar-ckpt-1.pth")
-    return folder / "ar-ckpt-1.pth"
-
-
-def write_safetensors(folder):
-    safetensors.torch.save_file(TRANSFORMER, folder / "model.safetensors")
-    return folder / "model.safetensors"
-
-
-def write_folder(folder):
-    write_safetensors(folder)
-    return folder
-
-
-def write_safetensors_shards(folder):
-    wrong = {name: torch.zeros_like(x) for name, x in TRANSFORMER.items()}
-    save_shards(folder, wrong, "pytorch_model.bin.index.json")  # the published loader prefers safetensors
-    save_shards(folder, TRANSFORMER, "model.safetensors.index.json")
-    return folder
-
-
-def write_pickle_shards(folder):
-    save_shards(folder, TRANSFORMER, "pytorch_model.bin.index.json")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        write_pth,
-        write_old_pth,
-        write_fine_tuning,
-        write_safetensors,
-        write_folder,
-        write_safetensors_shards,
-        write_pickle_shards,
-    ],
-)
-def test_every_layout_of_a_transformer_is_read(tmp_path, write):
-    found = read_weights(write(tmp_path))
-    assert_equal(map_infinity(found), EXPECTED_TRANSFORMER)
-    assert all(path.is_file() for path in found.files)
-
-
-@pytest.mark.parametrize("spell", [dict, flat_spelling])
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"vae": x, "discriminator": {}}])
-def test_every_layout_of_a_vae_is_read(tmp_path, spell, wrap):
-    torch.save(wrap(spell(VAE)), tmp_path / "vae.pth")
-    assert_equal(map_vae(read_weights(tmp_path / "vae.pth")), EXPECTED_VAE)
-
-
-def test_tensors_stay_in_their_file_until_they_are_used(tmp_path):
-    for path in (write_pth(tmp_path), write_safetensors(tmp_path)):
-        for array in map_infinity(read_weights(path)).values():
-            assert not array.flags.owndata
-        with open("/proc/self/maps") as maps:
-            assert str(path) in maps.read()
 
 
 def test_blocks_may_be_a_plain_list(tmp_path):
@@ -526,108 +381,6 @@ def test_models_that_were_not_trained_together(tmp_path):
         )
     with pytest.raises(ConfigError, match="text encoder gives 64 channels but the transformer expects 128"):
         dataclasses.replace(CONFIG, text_encoder=dataclasses.replace(CONFIG.text_encoder, embed_dim=64))
-
-
-class _Code:
-    """A pickle that creates a file when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_code_in_a_pickle_is_named_and_never_run(tmp_path):
-    proof = tmp_path / "executed"
-    torch.save(TRANSFORMER | {"extra": _Code(proof)}, tmp_path / "zip.pth")
-    torch.save({"extra": _Code(proof)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("zip.pth", "old.pth"):
-        with pytest.raises(
-            InputError, match=r"contains code \(posix\.mkdir\), which is never run: save plain tensors"
-        ):
-            read_weights(tmp_path / name)
-    with open(tmp_path / "plain.pth", "wb") as file:
-        pickle.dump(_Code(proof), file)
-    with pytest.raises(InputError, match="is not a file of plain PyTorch weights"):
-        read_weights(tmp_path / "plain.pth")
-    assert not proof.exists()
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    pth, safe = write_pth(tmp_path).read_bytes(), write_safetensors(tmp_path).read_bytes()
-    for name, content, message in [
-        ("half.pth", pth[: len(pth) // 2], "is not a complete PyTorch file: download it again"),
-        ("empty.pth", b"", "is not a complete PyTorch file"),
-        ("page.pth", b"<html>not found</html>", "is not a file of plain PyTorch weights"),
-        ("half.safetensors", safe[: len(safe) // 2], "is not a complete safetensors file: download it again"),
-        ("empty.safetensors", b"", "is not a complete safetensors file"),
-    ]:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=message):
-            read_weights(tmp_path / name)
-    for content, message in [
-        ([TRANSFORMER["head.bias"]], "holds no named tensors: pass a file of weights"),
-        ({}, "holds no named tensors"),
-        (
-            {"head.bias": TRANSFORMER["head.bias"], "step": 3, "lr": 0.1},
-            "entries that are no plain tensors: step, lr",
-        ),
-        ({"head.weight": torch.eye(3).to_sparse()}, "entries that are no plain tensors: head.weight"),
-    ]:
-        torch.save(content, tmp_path / "other.pth")
-        with pytest.raises(InputError, match=message):
-            read_weights(tmp_path / "other.pth")
-    with pytest.raises(InputError, match="no such file or folder"):
-        read_weights(tmp_path / "none.pth")
-
-
-def test_folders_that_cannot_be_read(tmp_path):
-    index = tmp_path / "model.safetensors.index.json"
-    with pytest.raises(
-        InputError, match=r"holds none of model\.safetensors\.index\.json, .*: pass the folder with"
-    ):
-        read_weights(tmp_path)
-    save_shards(tmp_path, TRANSFORMER, index.name)
-    intact = json.loads(index.read_text())
-    (tmp_path.parent / "outside.safetensors").write_bytes(b"")
-    for weight_map, message in [
-        ({"head.bias": "gone.safetensors"}, "lacks shards that its index names, download gone.safetensors"),
-        ({"head.bias": "../outside.safetensors"}, "names files outside its folder: ../outside.safetensors"),
-        (
-            intact["weight_map"] | {"more": "model-00001-of-00003.safetensors"},
-            "lack tensors that the index .*: more",
-        ),
-    ]:
-        index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(InputError, match=message):
-            read_weights(tmp_path)
-    for text in ("{", "[]", '{"weight_map": 3}'):
-        index.write_text(text)
-        with pytest.raises(InputError, match="is not a readable index of shards: download it again"):
-            read_weights(tmp_path)
-
-
-def test_text_encoder_folders_that_cannot_be_used(tmp_path):
-    folder = tmp_path / "tiny" / "text_encoder"
-    synthetic_checkpoint.write(tmp_path / "tiny", CONFIG)
-    inputs = {"transformer": tmp_path / "tiny" / "transformer.pth", "vae": tmp_path / "tiny" / "vae.pth"}
-
-    def refuse(message, text_encoder=folder):
-        with pytest.raises(InputError, match=message):
-            conversion.convert(**inputs, text_encoder=text_encoder, out=tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    refuse("is no folder: pass the folder of flan-t5-xl", folder / "model.safetensors")
-    intact = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text("{}")
-    refuse(r"tokenizer\.json is not a readable tokenizer: download it again")
-    (folder / "tokenizer.json").unlink()
-    refuse(r"has no tokenizer\.json: download it into the folder too")
-    (folder / "tokenizer.json").write_text(intact)
-    few = synthetic_checkpoint.text_encoder_tensors(dataclasses.replace(CONFIG.text_encoder, vocab_size=50))
-    safetensors.torch.save_file(few, folder / "model.safetensors")
-    refuse(r"has ids up to \d+ but the text encoder knows 50: they must match")
 
 
 def test_ignore_lists_are_patterns():
