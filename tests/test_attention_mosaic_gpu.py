@@ -92,23 +92,24 @@ def holds_the_kernel(text: str) -> bool:
     return "mosaic_gpu" in text and "flash_attention_entropy" in text
 
 
-def scales(aspect_ratio: float) -> list[tuple[int, int]]:
+def scales(aspect_ratio: float, pixels: str = "1M") -> list[tuple[int, int]]:
     """(q_tokens, kv_length) of every scale."""
-    sizes = [grid.size for grid in scale_schedule(aspect_ratio)]
+    sizes = [grid.size for grid in scale_schedule(aspect_ratio, pixels)]
     return [(size, sum(sizes[: index + 1])) for index, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize(
-    ("heads", "aspect_ratio"),
-    # Wide grids have as many tokens as the tall ones.
-    [(16, ratio) for ratio in ASPECT_RATIOS if ratio >= 1] + [(28, 1.0)],
+    ("heads", "head_dim", "pixels", "aspect_ratio"),
+    # Wide grids have as many tokens as the tall ones, and the scales of smaller pictures are the first of these.
+    [(16, 128, "1M", ratio) for ratio in ASPECT_RATIOS if ratio >= 1]
+    + [(28, 128, "1M", 1.0), (5, 64, "0.25M", 1.0)],
 )
-def test_every_scale_of_the_models_lowers_to_the_kernel(heads, aspect_ratio):
-    capacity = scales(aspect_ratio)[-1][1]
+def test_every_scale_of_the_models_lowers_to_the_kernel(heads, head_dim, pixels, aspect_ratio):
+    capacity = scales(aspect_ratio, pixels)[-1][1]
     capacity += -capacity % 8
-    for q_tokens, kv_length in scales(aspect_ratio):
+    for q_tokens, kv_length in scales(aspect_ratio, pixels):
         call = functools.partial(flash_attention_entropy, scale=1.0, kv_length=kv_length)
-        text = lowered(call, (2, q_tokens, heads, 128), *[(2, capacity, heads, 128)] * 2)
+        text = lowered(call, (2, q_tokens, heads, head_dim), *[(2, capacity, heads, head_dim)] * 2)
         assert holds_the_kernel(text), (q_tokens, kv_length)
         assert "stablehlo.dot_general" not in text
         padded = "stablehlo.pad" in text
