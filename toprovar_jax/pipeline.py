@@ -45,7 +45,7 @@ class InfinityPipeline:
       dtype: "float32" or "bfloat16", the policy that the parameters were loaded for.
       tokenizer: turns prompts into tokens; without it only text features can be given.
       checkpoint_digest: identifies the checkpoint, for instance in the images' metadata.
-      folder: of the checkpoint, where policy "toprovar" looks for its profile.
+      folder: of the checkpoint, where policy "toprovar" looks for its profile and "skipvar" for its decisions.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class InfinityPipeline:
           aspect_ratio: height / width, instead of `height` and `width`; the nearest template is used.
           pixels: pixel budget: "0.06M", "0.25M", "0.60M" or "1M".
           guidance_layer: 0 or None guides the logits; a negative index guides inside the network after that block.
-          policy: what to prune: "dense" (nothing), "fastvar", "skipvar", a policy object, a plan, or the name of a
-            plan's JSON file.
+          policy: what to prune: "dense" (nothing), "fastvar", "skipvar", "toprovar" (by the profile beside the
+            checkpoint), a policy object, a plan, or the name of a plan's JSON file.
           output_type: "pil" images, "np" uint8 RGB, or "latent" code maps.
           trace: also return every scale's logits, bits, code map, attention entropy and kept tokens.
           callback_on_scale_end: called with (scale index, number of scales).
