@@ -24,6 +24,7 @@ from tests.with_torch.official import (
     map_vae,
 )
 from toprovar_jax.errors import InputError
+from toprovar_jax.manifest import load_manifest
 
 
 def save_shards(folder, tensors, index_name):
@@ -188,6 +189,20 @@ def test_folders_that_cannot_be_read(tmp_path):
         index.write_text(text)
         with pytest.raises(InputError, match="is not a readable index of shards: download it again"):
             read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(("patchify", "settings"), [(False, (4.0, 0.5)), (True, (3.0, 1.0))])
+def test_settings_of_the_release_travel_in_the_checkpoint(tmp_path, patchify, settings):
+    """The files tell 2B from 8B by what one token holds."""
+    transformer = dataclasses.replace(CONFIG.transformer, patchify=patchify)
+    config = dataclasses.replace(CONFIG, transformer=transformer)
+    synthetic_checkpoint.write(tmp_path / "tiny", config)
+    inputs = {"transformer": tmp_path / "tiny" / "transformer.pth", "vae": tmp_path / "tiny" / "vae.pth"}
+    conversion.convert(**inputs, out=tmp_path / "out")
+    converted = load_manifest(tmp_path / "out").config
+    assert converted.transformer.patchify == patchify
+    assert (converted.defaults.guidance_scale, converted.defaults.temperature) == settings
+    assert converted.defaults.pixels == "1M"
 
 
 def test_text_encoder_folders_that_cannot_be_used(tmp_path):
