@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import threading
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -24,7 +25,7 @@ _SCALES_AHEAD = 2
 
 
 class Generator:
-    """Runs batches of one checkpoint.
+    """Runs batches of one checkpoint; those of several threads compile at once and run in turn.
 
     Args:
       config: the checkpoint's models.
@@ -39,6 +40,8 @@ class Generator:
         self._dtype = dtype
         self._programs = programs
         self._ready: dict[Hashable, BatchPrograms] = {}
+        # The device's memory is for one batch. A callback may generate in the midst of a run.
+        self._turn = threading.RLock()
 
     def __call__(self, batch: Batch, on_scale_end: Callable[[int, int], object] | None) -> PipelineOutput:
         """Generates a batch; images are uint8 RGB, or code maps where the batch is not decoded.
@@ -48,6 +51,16 @@ class Generator:
           on_scale_end: called with (scale index, number of scales).
         """
         programs, compile_seconds = self._compile(batch)
+        with self._turn:
+            return self._run(batch, programs, compile_seconds, on_scale_end)
+
+    def _run(
+        self,
+        batch: Batch,
+        programs: BatchPrograms,
+        compile_seconds: float,
+        on_scale_end: Callable[[int, int], object] | None,
+    ) -> PipelineOutput:
         run = self._programs.run
 
         started = time.perf_counter()

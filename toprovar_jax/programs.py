@@ -2,9 +2,10 @@
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ class Recipe(NamedTuple):
 
 
 class Programs:
-    """Compiles each program once, several at a time, and runs it by its key.
+    """Compiles each program once, several at a time, and runs it by its key; threads may share it.
 
     Attributes:
       compiler_options: XLA's, for the programs to come.
@@ -48,33 +49,50 @@ class Programs:
 
     def __init__(self) -> None:
         self.compiler_options: dict[str, Any] = {}
-        self._compiled: dict[Hashable, Any] = {}
+        self._compiled: dict[Hashable, Future[Any]] = {}
+        self._tracing = threading.Lock()
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
 
     def __len__(self) -> int:
         return len(self._compiled)
 
     def compile(self, recipes: Mapping[Hashable, Callable[[], Recipe]]) -> float:
-        """Compiles the programs whose keys are new.
+        """Compiles the programs whose keys are new, and waits for those that another thread is compiling.
 
         Args:
           recipes: how to compile each, by key; called for new keys only.
 
         Returns:
-          Seconds that this took; 0.0 where every key was known.
+          Seconds that this took; 0.0 where every program was there.
         """
-        missing = {key: recipe for key, recipe in recipes.items() if key not in self._compiled}
-        if not missing:
+        if all(self._has(key) for key in recipes):
             return 0.0
         started = time.perf_counter()
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            # Tracing holds the interpreter, so it stays on one thread; compiling does not.
-            compiling = {
-                key: pool.submit(recipe().lower().compile, self.compiler_options)
-                for key, recipe in missing.items()
-            }
-            self._compiled |= {key: program.result() for key, program in compiling.items()}
+        # Tracing holds the interpreter, so one thread does it at a time; compiling does not.
+        with self._tracing:
+            for key, recipe in recipes.items():
+                if key not in self._compiled:
+                    self._compiled[key] = self._pool.submit(recipe().lower().compile, self.compiler_options)
+            programs = [self._compiled[key] for key in recipes]
+        try:
+            for program in programs:
+                program.result()
+        except BaseException:
+            self._forget_failed()
+            raise
         return time.perf_counter() - started
 
     def run(self, key: Hashable, *arguments: PyTree) -> Any:
         """Runs a program that was compiled before."""
-        return self._compiled[key](*arguments)
+        return self._compiled[key].result()(*arguments)
+
+    def _has(self, key: Hashable) -> bool:
+        program = self._compiled.get(key)
+        return program is not None and program.done()
+
+    def _forget_failed(self) -> None:
+        """So that they may be compiled once more, for instance when there is more memory."""
+        with self._tracing:
+            for key, program in list(self._compiled.items()):
+                if program.done() and program.exception() is not None:
+                    del self._compiled[key]

@@ -1,0 +1,49 @@
+"""Programs that several threads ask for."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax.numpy as jnp
+import pytest
+
+from toprovar_jax.programs import Programs, Recipe
+
+
+def doubled(x):
+    return 2 * x
+
+
+def test_threads_share_what_either_compiles():
+    programs, traced, both = Programs(), [], threading.Barrier(2)
+
+    def recipe(key):
+        def make():
+            traced.append(key)
+            return Recipe(doubled, (jnp.arange(3.0),), {})
+
+        return make
+
+    def use(keys):
+        both.wait()
+        seconds = programs.compile({key: recipe(key) for key in keys})
+        return seconds, [programs.run(key, jnp.arange(3.0)).tolist() for key in keys]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(use, ("abc", "bcd")))
+    assert sorted(traced) == ["a", "b", "c", "d"]
+    assert len(programs) == 4
+    for seconds, values in results:
+        assert seconds > 0
+        assert values == [[0, 2, 4]] * 3
+    assert programs.compile({key: recipe(key) for key in "abcd"}) == 0
+
+
+def test_a_program_that_failed_may_be_compiled_again():
+    programs = Programs()
+    recipes = {"key": lambda: Recipe(doubled, (jnp.arange(3.0),), {})}
+    programs.compiler_options = {"no_such_option": True}
+    with pytest.raises(Exception, match="no_such_option"):
+        programs.compile(recipes)
+    assert len(programs) == 0
+    programs.compiler_options = {}
+    assert programs.compile(recipes) > 0
