@@ -133,8 +133,8 @@ class Search:
         fastest: Result | None = None
         for _ in range(steps):
             middle = math.sqrt(low * high)
-            results = [self._try_out(candidate, middle, num_batches) for candidate in tried]
-            kept = [result for result in results if result is not None and result.similarity >= similarity]
+            results = self._try_out(tried, middle, num_batches)
+            kept = [result for result in results if result.similarity >= similarity]
             if kept:
                 fastest = max(kept, key=lambda result: result.speedup)
                 low = fastest.speedup
@@ -161,28 +161,30 @@ class Search:
         return best.candidate
 
     def _best_of(self, tried: list[Candidate], speedup: float, best: Result | None) -> Result | None:
-        for candidate in tried:
-            if best is None or candidate != best.candidate:
-                result = self._try_out(candidate, speedup, self._stage_batches)
-                if result is not None and (best is None or result.similarity > best.similarity):
-                    best = result
+        others = [candidate for candidate in tried if best is None or candidate != best.candidate]
+        for result in self._try_out(others, speedup, self._stage_batches):
+            if best is None or result.similarity > best.similarity:
+                best = result
         return best
 
-    def _try_out(self, candidate: Candidate, speedup: float, num_batches: int) -> Result | None:
-        """One candidate, all pictures starting as early as they may; None where it does not reach the speed-up.
+    def _try_out(self, tried: list[Candidate], speedup: float, num_batches: int) -> list[Result]:
+        """Those candidates that reach the speed-up, all pictures starting as early as they may.
 
         One that runs as another did is not tried again.
         """
-        start = self._trials.num_scales - candidate.prunable_scales
-        profile = self._trials.solve(candidate, speedup, [start])
-        if profile is None:
-            return None
-        key = (self._trials.runs(profile, start), num_batches)
-        if key not in self._results:
-            similarity = float(np.mean(self._trials.similarity(profile, start, num_batches)))
-            speedup = self._trials.speedup(profile, [start])
-            self._results[key] = self._recorded(Result(profile, candidate, similarity, speedup))
-        return self._results[key]
+        trials = self._trials
+        solved: dict[Hashable, tuple[Candidate, Profile, int]] = {}
+        for candidate in tried:
+            start = trials.num_scales - candidate.prunable_scales
+            profile = trials.solve(candidate, speedup, [start])
+            if profile is not None:
+                solved.setdefault((trials.runs(profile, start), num_batches), (candidate, profile, start))
+        new = {key: setting for key, setting in solved.items() if key not in self._results}
+        drawn = trials.similarities([(profile, start) for _, profile, start in new.values()], num_batches)
+        for (key, (candidate, profile, start)), similarity in zip(new.items(), drawn, strict=True):
+            result = Result(profile, candidate, float(np.mean(similarity)), trials.speedup(profile, [start]))
+            self._results[key] = self._recorded(result)
+        return [self._results[key] for key in solved]
 
     def _recorded(self, result: Result, remark: str = "") -> Result:
         settings = f"{result.candidate}, alpha_max {result.profile.alpha_max:.3f}{remark}"
@@ -218,7 +220,9 @@ class Search:
             return None
         usual = num_scales - sorted(starts)[len(starts) // 2]
         profile = dataclasses.replace(solved, crossing=crossing, tau=tau, usual_scales=usual)
-        by_start = {start: trials.similarity(profile, start, trials.num_batches) for start in set(starts)}
+        distinct = sorted(set(starts))
+        drawn = trials.similarities([(profile, start) for start in distinct], trials.num_batches)
+        by_start = dict(zip(distinct, drawn, strict=True))
         similarity = float(np.mean([by_start[start][picture] for picture, start in enumerate(starts)]))
         result = Result(profile, candidate, similarity, trials.speedup(profile, starts))
         return self._recorded(result, f", start {crossing} {tau:.3f}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
@@ -85,6 +86,21 @@ class Trials:
         # Where all layers share one choice of tokens, it makes no difference whether theirs or all maps are asked.
         alike = profile.source == "layer_before" or spans <= {(0, self.depth)}
         return plan, None if alike else profile.source
+
+    def similarities(
+        self, settings: Sequence[tuple[Profile, int]], num_batches: int
+    ) -> list[Float[np.ndarray, "pictures"]]:
+        """`similarity` of several profiles and starts; programs of those that run differently compile at once."""
+        keys = [self.runs(*setting) for setting in settings]
+        different = dict(zip(keys, settings, strict=True))
+        if not different:
+            return []
+        with ThreadPoolExecutor(len(different)) as pool:
+            drawn = pool.map(
+                lambda setting: self.similarity(setting[0], setting[1], num_batches), different.values()
+            )
+            found = dict(zip(different, drawn, strict=True))
+        return [found[key] for key in keys]
 
     def similarity(self, profile: Profile, start: int, num_batches: int) -> Float[np.ndarray, "pictures"]:
         """SSIM to the full pictures, of those of the first batches, when all start at one scale.
