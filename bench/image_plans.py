@@ -108,6 +108,10 @@ class _Watched(_Wrapped):
 
     chosen: list[Plan] = dataclasses.field(default_factory=list, compare=False)
 
+    def plans(self, schedule: ScaleSchedule, depth: int) -> tuple[Plan, ...]:
+        # Room for a full run in the cache, so that policies share the programs of the scales that they run alike.
+        return tuple(dict.fromkeys([*self.policy.plans(schedule, depth), Plan.dense(schedule, depth)]))
+
     def observes(self, plan: Plan, scale: int) -> bool:
         return self.policy.observes(plan, scale)
 

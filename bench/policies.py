@@ -2,25 +2,23 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from tqdm import tqdm
 
 from bench import image_plans
 from bench.flop_counter import Counter, countable, total
 from bench.policy_cases import Case
 from bench.scenes import detector, score
 from bench.scenes.prompts import Prompt
-from toprovar_jax.output import Timings
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.programs import COMPILED_IN_HASTE
 from toprovar_jax.pruning.plan import Plan
+from toprovar_jax.schedule import scale_schedule
 from toprovar_jax.similarity import mean_squared_error, structural_similarity
-
-_TIMED_CALLS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,8 @@ class Run:
       similarity: SSIM to the reference's picture.
       squared_error: against the reference's picture.
       plans: what every picture followed, as [prompts][seeds].
-      loop_ms: milliseconds of the scales of one picture alone.
+      flops: XLA's count of every picture's scales, the policy's own programs included.
+      loop_ms: milliseconds of the scales of one picture alone; None until timed.
       total_ms: the same from prompt to pixels.
     """
 
@@ -42,8 +41,9 @@ class Run:
     similarity: Float[np.ndarray, "prompts seeds"]
     squared_error: Float[np.ndarray, "prompts seeds"]
     plans: tuple[tuple[Plan, ...], ...]
-    loop_ms: float
-    total_ms: float
+    flops: Float[np.ndarray, "prompts seeds"]
+    loop_ms: float | None = None
+    total_ms: float | None = None
 
 
 def run_cases(
@@ -55,10 +55,10 @@ def run_cases(
     seed: int,
     batch_size: int,
     **settings: Any,
-) -> list[Run]:
-    """Generates and measures every case's pictures.
+) -> Iterator[Run]:
+    """Generates and measures every case's pictures, one case after the other.
 
-    The pictures' programs are compiled in haste; those that are timed are the ones that the pipeline always runs.
+    Programs of all cases are compiled together, and in haste.
 
     Args:
       pipeline: the model.
@@ -69,6 +69,7 @@ def run_cases(
       batch_size: pictures generated at once; each follows the plan that its policy chooses for it alone.
       **settings: the pipeline's, as `guidance_scale`.
     """
+    counted = count_flops(pipeline, cases, settings.get("guidance_scale"))
     repeated = [*asked] * num_seeds
     texts, seeds = [prompt.text for prompt in repeated], [seed + index for index in range(len(repeated))]
     drawing = InfinityPipeline(
@@ -76,46 +77,80 @@ def run_cases(
     )
     drawing.programs.compiler_options = COMPILED_IN_HASTE
     reference: np.ndarray | None = None
-    runs = []
-    for case in (progress := tqdm(cases, unit="case")):
-        progress.set_description(case.name)
-        pictures, plans = image_plans.draw(drawing, texts, seeds, case.policy, batch_size, **settings)
-        reference = pictures if reference is None else reference
-        timings = _time(pipeline, case, asked[0], seed, settings)
-        similarity, error = _compare(pictures, reference, batch_size)
-        by_prompt = {
-            "right": _judge(pictures, repeated, batch_size),
-            "similarity": similarity,
-            "squared_error": error,
-        }
-        runs.append(
-            Run(
-                case=case,
-                **{name: values.reshape(num_seeds, len(asked)).T for name, values in by_prompt.items()},
-                plans=tuple(tuple(plans[index :: len(asked)]) for index in range(len(asked))),
-                loop_ms=1e3 * statistics.median(sum(timing.scales) for timing in timings),
-                total_ms=1e3 * statistics.median(timing.total for timing in timings),
+
+    def draw(case: Case, count: int) -> tuple[UInt8[np.ndarray, "pictures height width 3"], list[Plan]]:
+        return image_plans.draw(drawing, texts[:count], seeds[:count], case.policy, batch_size, **settings)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        # Each first batch only compiles, while others do or are drawn.
+        first = [pool.submit(draw, case, batch_size) for case in cases]
+        for case in cases:
+            first.pop(0).result()
+            pictures, plans = draw(case, len(texts))
+            reference = pictures if reference is None else reference
+            similarity, error = _compare(pictures, reference, batch_size)
+            right, flops = (
+                _judge(pictures, repeated, batch_size),
+                np.array([counted[case][plan] for plan in plans]),
             )
-        )
-    return runs
+            right, similarity, error, flops = (
+                values.reshape(num_seeds, len(asked)).T for values in (right, similarity, error, flops)
+            )
+            yield Run(
+                case=case,
+                right=right,
+                similarity=similarity,
+                squared_error=error,
+                plans=tuple(tuple(plans[index :: len(asked)]) for index in range(len(asked))),
+                flops=flops,
+            )
 
 
 def count_flops(
-    pipeline: InfinityPipeline, runs: Sequence[Run], guidance_scale: float | None
-) -> list[Float[np.ndarray, "prompts seeds"]]:
-    """XLA's count of every picture's scales, its policy's own programs included; one array per run."""
-    guided = (pipeline.config.defaults.guidance_scale if guidance_scale is None else guidance_scale) != 1
-    counter = Counter(pipeline.config, pipeline.dtype, runs[0].plans[0][0].schedule, guided)
-    counts = []
+    pipeline: InfinityPipeline, cases: Sequence[Case], guidance_scale: float | None
+) -> Mapping[Case, Mapping[Plan, float]]:
+    """XLA's count of the scales of one picture, the policy's own programs included, by case and by plan."""
+    defaults = pipeline.config.defaults
+    guided = (defaults.guidance_scale if guidance_scale is None else guidance_scale) != 1
+    schedule = scale_schedule(pixels=defaults.pixels)
+    counter = Counter(pipeline.config, pipeline.dtype, schedule, guided)
+
+    def counted(case: Case, plan: Plan) -> float:
+        count = total(counter.count(case.policy, plan).values())
+        return count.xla_flops + count.policy_flops
+
     with countable():
-        for run in runs:
-            counted = {
-                plan: total(counter.count(run.case.policy, plan).values())
-                for plan in {plan for plans in run.plans for plan in plans}
+        return {
+            case: {
+                plan: counted(case, plan)
+                for plan in case.policy.plans(schedule, pipeline.config.transformer.depth)
             }
-            flops = {plan: count.xla_flops + count.policy_flops for plan, count in counted.items()}
-            counts.append(np.array([[flops[plan] for plan in plans] for plans in run.plans]))
-    return counts
+            for case in cases
+        }
+
+
+def timed(
+    pipeline: InfinityPipeline, run: Run, prompt: Prompt, *, seed: int, num_calls: int, **settings: Any
+) -> Run:
+    """The run with the median times of one picture at a time, of the programs that the pipeline always runs.
+
+    Args:
+      pipeline: the model.
+      run: of the case that is timed.
+      prompt: what is drawn.
+      seed: of the picture.
+      num_calls: calls that are timed, after one that compiles.
+      **settings: the pipeline's, as `guidance_scale`.
+    """
+    timings = [
+        pipeline(prompt.text, seed=seed, policy=run.case.policy, output_type="np", **settings).timings
+        for _ in range(1 + num_calls)
+    ][1:]
+    return dataclasses.replace(
+        run,
+        loop_ms=1e3 * statistics.median(sum(timing.scales) for timing in timings),
+        total_ms=1e3 * statistics.median(timing.total for timing in timings),
+    )
 
 
 def _judge(
@@ -140,14 +175,3 @@ def _compare(
     similarity = [np.asarray(structural_similarity(pictures[part], reference[part])) for part in parts]
     error = [np.asarray(mean_squared_error(pictures[part], reference[part])) for part in parts]
     return np.concatenate(similarity), np.concatenate(error)
-
-
-def _time(
-    pipeline: InfinityPipeline, case: Case, prompt: Prompt, seed: int, settings: dict[str, Any]
-) -> list[Timings]:
-    """Timings of one picture at a time, everything compiled."""
-    calls = (
-        pipeline(prompt.text, seed=seed, policy=case.policy, output_type="np", **settings)
-        for _ in range(1 + _TIMED_CALLS)
-    )
-    return [output.timings for output in calls][1:]

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from bench.frontier import Panel, Point, draw
@@ -36,7 +35,7 @@ class Row:
       peak_signal_to_noise: dB, of the mean squared error over all pictures; 100 where they are equal.
       flops: of one picture's scales, counted by XLA, mean over pictures.
       flops_share: the same relative to the reference.
-      loop_ms: milliseconds of the scales of one picture alone.
+      loop_ms: milliseconds of the scales of one picture alone; None where not timed.
       total_ms: the same from prompt to pixels.
       changes: by the case it is compared with.
       plans: what ran, each with its share of the pictures.
@@ -50,26 +49,23 @@ class Row:
     peak_signal_to_noise: Estimate
     flops: float
     flops_share: float
-    loop_ms: float
-    total_ms: float
+    loop_ms: float | None
+    total_ms: float | None
     changes: dict[str, Change]
     plans: list[tuple[float, list[str]]]
 
 
-def make_rows(
-    runs: Sequence[Run], flops: Sequence[Float[np.ndarray, "prompts seeds"]], tasks: Sequence[str]
-) -> list[Row]:
+def make_rows(runs: Sequence[Run], tasks: Sequence[str]) -> list[Row]:
     """The numbers of every run; all intervals come from the same resamples of the prompts.
 
     Args:
       runs: the reference first.
-      flops: of every run's pictures.
       tasks: of every prompt.
     """
     measured = [
         values.mean(axis=1, dtype=np.float64)
-        for run, counted in zip(runs, flops, strict=True)
-        for values in (run.right, run.similarity, run.squared_error, counted)
+        for run in runs
+        for values in (run.right, run.similarity, run.squared_error, run.flops)
     ]
     columns = iter(resampled_means(np.stack(measured, axis=1), tasks).T)
     names = [run.case.name for run in runs]
@@ -113,7 +109,7 @@ def format_rows(rows: Sequence[Row]) -> str:
         lines.append(
             f"{row.name:<{width}}  {100 * row.score.mean:>6.1f}  {_interval(row.score, 100, '.1f'):<14}"
             f"  {row.similarity.mean:>6.3f}  {row.peak_signal_to_noise.mean:>6.1f}  {row.flops / 1e9:>9.2f}"
-            f"  {1 / row.flops_share:>5.2f}x  {row.loop_ms:>8.1f}  {rows[0].loop_ms / row.loop_ms:>5.2f}x"
+            f"  {1 / row.flops_share:>5.2f}x  {_times(row, rows[0])}"
         )
     lines += [
         f"{row.name} less {other}: score {100 * change.score.mean:+.1f} ({_interval(change.score, 100, '+.1f')}), "
@@ -122,6 +118,12 @@ def format_rows(rows: Sequence[Row]) -> str:
         for other, change in row.changes.items()
     ]
     return "\n".join(lines)
+
+
+def _times(row: Row, reference: Row) -> str:
+    if row.loop_ms is None or reference.loop_ms is None:
+        return f"{'-':>8}  {'-':>6}"
+    return f"{row.loop_ms:>8.1f}  {reference.loop_ms / row.loop_ms:>5.2f}x"
 
 
 def draw_frontier(rows: Sequence[Row]) -> Image.Image:

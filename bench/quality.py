@@ -5,12 +5,15 @@
 
 The first prints the share of right pictures per task with 95 % bootstrap intervals, beside what the detector
 scores on ground truth; it writes everything as JSON, and sixteen pictures spread evenly over the prompts. The
-second compares policies on the same prompts and seeds: score, likeness to the dense pictures, operations and time;
-it writes JSON and the frontier of quality and cost. Prompts with held-out pairs are left out there.
+second compares policies on the same prompts and seeds: score, likeness to the dense pictures, operations and, at
+last, time; after every policy it writes JSON and the frontier of quality and cost anew. Prompts with held-out
+pairs are left out there.
 """
 
 import dataclasses
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -35,7 +38,7 @@ def main() -> None:
     pipeline = InfinityPipeline.from_pretrained(values.checkpoint, values.dtype)
     settings = {"guidance_scale": values.guidance_scale, "temperature": values.temperature}
     asked = load_prompts(values.prompts)
-    output = pathlib.Path(values.output)
+    output = pathlib.Path(values.output or f"bench/results/{'policies' if values.policies else 'quality'}")
     defaults = pipeline.config.defaults
     record = {
         "checkpoint": pipeline.checkpoint_digest,
@@ -46,15 +49,15 @@ def main() -> None:
         **{name: getattr(defaults, name) if value is None else value for name, value in settings.items()},
     }
     measure = _compare_policies if values.policies else _measure_model
-    numbers, picture = measure(pipeline, asked, settings)
-    report.write(output.name, record | numbers, output.parent)
-    picture.save(output.with_name(f"{output.name}.png"))
+    for numbers, picture in measure(pipeline, asked, settings):
+        report.write(output.name, record | numbers, output.parent)
+        picture.save(output.with_name(f"{output.name}.png"))
     print(f"wrote {output}.json and {output}.png")
 
 
 def _measure_model(
     pipeline: InfinityPipeline, asked: tuple[Prompt, ...], settings: dict[str, Any]
-) -> tuple[dict[str, Any], Image.Image]:
+) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """The six tasks, and the sheet."""
     values = flags.FLAGS
     truth = score.load_accuracy()
@@ -67,23 +70,33 @@ def _measure_model(
         "detector_on_ground_truth": {name: dataclasses.asdict(value) for name, value in truth.items()},
         "right": right,
     }
-    return numbers, draw_sheet(pictures[shown], labels)
+    yield numbers, draw_sheet(pictures[shown], labels)
 
 
 def _compare_policies(
     pipeline: InfinityPipeline, asked: tuple[Prompt, ...], settings: dict[str, Any]
-) -> tuple[dict[str, Any], Image.Image]:
-    """A row per policy, and the frontier."""
-    values = flags.FLAGS
+) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """A row per policy, and the frontier: after every policy's pictures, and again after its times."""
+    started, values = time.perf_counter(), flags.FLAGS
     decisions = load_decisions(values.checkpoint)
-    known = policy_cases.all_cases(
+    all_cases = policy_cases.all_cases(
         load_profile(values.checkpoint),
         None if decisions is None else SkipVAR(decisions),
         more_profiles(values.profiles),
     )
-    cases = policy_cases.choose(values.policies, known)
+    cases = policy_cases.choose(values.policies, all_cases)
     asked = tuple(prompt for prompt in asked if not prompt.held_out)
-    runs = policies.run_cases(
+    tasks = [prompt.scene.task for prompt in asked]
+    runs: list[policies.Run] = []
+
+    def known(what: str) -> tuple[dict[str, Any], Image.Image]:
+        rows = policy_rows.make_rows(runs, tasks)
+        print(f"after {time.perf_counter() - started:.0f} s {what}:", flush=True)
+        print(policy_rows.format_rows(rows), flush=True)
+        numbers = {"num_seeds": values.num_seeds, "policies": [dataclasses.asdict(row) for row in rows]}
+        return numbers, policy_rows.draw_frontier(rows)
+
+    drawn = policies.run_cases(
         pipeline,
         cases,
         asked,
@@ -92,11 +105,14 @@ def _compare_policies(
         batch_size=values.batch_size,
         **settings,
     )
-    flops = policies.count_flops(pipeline, runs, settings["guidance_scale"])
-    rows = policy_rows.make_rows(runs, flops, [prompt.scene.task for prompt in asked])
-    print(policy_rows.format_rows(rows))
-    numbers = {"num_seeds": values.num_seeds, "policies": [dataclasses.asdict(row) for row in rows]}
-    return numbers, policy_rows.draw_frontier(rows)
+    for run in drawn:
+        runs.append(run)
+        yield known(f"drew {run.case.name}")
+    for index, run in enumerate(runs if values.num_timed_calls else ()):
+        runs[index] = policies.timed(
+            pipeline, run, asked[0], seed=values.seed, num_calls=values.num_timed_calls, **settings
+        )
+        yield known(f"timed {run.case.name}")
 
 
 def more_profiles(arguments: list[str]) -> dict[str, Profile]:
@@ -126,6 +142,17 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "batch_size", 32, "Pictures generated at once; with --policies, each still follows its own plan."
     )
+    flags.DEFINE_integer(
+        "num_timed_calls",
+        7,
+        "With --policies: calls of which the median time is taken, at last; 0 leaves times out.",
+        lower_bound=0,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the first picture; the next ones count up.")
-    flags.DEFINE_string("output", "bench/results/quality", "Path of the JSON and the PNG, without suffix.")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Path of the JSON and the PNG, without suffix. Default: bench/results/quality, with --policies "
+        "bench/results/policies.",
+    )
     command_line.run(main)

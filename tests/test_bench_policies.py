@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bench import policy_cases, quality
-from bench.policies import Run, count_flops, run_cases
+from bench.policies import Run, count_flops, run_cases, timed
 from bench.policy_cases import Case, all_cases
 from bench.policy_rows import draw_frontier, format_rows, make_rows
 from bench.scenes import prompts, tokenizer, training
@@ -45,9 +45,9 @@ def test_every_case_makes_the_same_pictures_of_the_same_prompts_and_seeds(pipeli
     cases = [Case("dense", Dense()), Case("fastvar", FastVAR())]
     dense, fastvar = run_cases(pipeline, cases, ASKED, num_seeds=2, seed=5, batch_size=1)
     for run in (dense, fastvar):
-        for values in (run.right, run.similarity, run.squared_error, run.plans):
+        for values in (run.right, run.similarity, run.squared_error, run.flops, run.plans):
             assert np.shape(values)[:2] == (3, 2)
-        assert 0 < run.loop_ms < run.total_ms
+        assert run.loop_ms is None
     assert (dense.similarity == 1).all()
     assert (dense.squared_error == 0).all()
     assert (fastvar.similarity < 1).all()
@@ -60,24 +60,28 @@ def test_every_case_makes_the_same_pictures_of_the_same_prompts_and_seeds(pipeli
     ]
     assert fastvar.squared_error[2, 1] == pytest.approx(np.square(own[1] - own[0]).mean(), rel=0.02)
 
-    counted = count_flops(pipeline, [dense, fastvar], None)
-    for run, flops in zip((dense, fastvar), counted, strict=True):
+    for run in (dense, fastvar):
         cost = PlanCost(CONFIG.transformer, run.plans[0][0]).loop().total
-        assert (flops == flops[0, 0]).all()
-        assert flops[0, 0] == pytest.approx(cost, rel=0.2)  # so small a model spends much beside its products
-    (unguided,) = count_flops(pipeline, [dense], 1.0)
-    assert unguided[0, 0] == pytest.approx(counted[0][0, 0] / 2, rel=0.1)
+        assert (run.flops == run.flops[0, 0]).all()
+        assert run.flops[0, 0] == pytest.approx(cost, rel=0.2)  # so small a model spends much beside its products
+    ((unguided,),) = (counted.values() for counted in count_flops(pipeline, [cases[0]], 1.0).values())
+    assert unguided == pytest.approx(dense.flops[0, 0] / 2, rel=0.1)
+
+    again = timed(pipeline, fastvar, ASKED[0], seed=5, num_calls=3)
+    assert 0 < again.loop_ms < again.total_ms
+    assert again.right is fastvar.right
 
 
-def made_up_run(name, right, similarity, plan, against=(), loop_ms=1.0):
+def made_up_run(name, right, similarity, plan, flops, against=(), loop_ms=1.0):
     return Run(
         case=Case(name, Dense() if name == "dense" else FastVAR(), against),
         right=np.array(right, bool),
         similarity=np.array(similarity, np.float32),
         squared_error=(1 - np.array(similarity, np.float32)) / 10,
         plans=((plan, plan),) * len(right),
+        flops=np.full((len(right), 2), flops),
         loop_ms=loop_ms,
-        total_ms=2 * loop_ms,
+        total_ms=loop_ms,
     )
 
 
@@ -85,11 +89,19 @@ def test_rows_are_means_with_paired_differences():
     tasks = ["counting", "counting", "colors"]
     everything, half = Plan.dense(SCHEDULE, 2), FastVAR().plans(SCHEDULE, 2)[0]
     runs = [
-        made_up_run("dense", [[1, 1], [1, 0], [1, 1]], [[1, 1]] * 3, everything),
-        made_up_run("other", [[1, 1], [0, 0], [1, 1]], [[0.8, 0.9]] * 3, half, loop_ms=0.5),
-        made_up_run("last", [[1, 1], [0, 0], [1, 0]], [[0.7, 0.8]] * 3, half, against=("other", "absent")),
+        made_up_run("dense", [[1, 1], [1, 0], [1, 1]], [[1, 1]] * 3, everything, 100.0),
+        made_up_run("other", [[1, 1], [0, 0], [1, 1]], [[0.8, 0.9]] * 3, half, 40.0, loop_ms=0.5),
+        made_up_run(
+            "last",
+            [[1, 1], [0, 0], [1, 0]],
+            [[0.7, 0.8]] * 3,
+            half,
+            25.0,
+            against=("other", "absent"),
+            loop_ms=None,
+        ),
     ]
-    dense, other, last = make_rows(runs, [np.full((3, 2), flops) for flops in (100.0, 40.0, 25.0)], tasks)
+    dense, other, last = make_rows(runs, tasks)
     assert dense.tasks == {"counting": 0.75, "colors": 1}
     assert dense.score.mean == 0.875
     assert (dense.similarity.mean, dense.similarity.low, dense.peak_signal_to_noise.mean) == (1, 1, 100)
@@ -119,6 +131,7 @@ def test_rows_are_means_with_paired_differences():
         "0.5",
         "2.00x",
     ]
+    assert lines[3].split()[-3:] == ["4.00x", "-", "-"]
     assert lines[4:] == [
         "other less dense: score -12.5 (-25.0 to +0.0), SSIM -0.150 (-0.150 to -0.150)",
         "last less dense: score -37.5 (-50.0 to -25.0), SSIM -0.250 (-0.250 to -0.250)",
@@ -173,6 +186,7 @@ def test_the_command_compares_policies(pipeline, tmp_path, monkeypatch, capsys):
         "temperature": None,
         "dtype": "float32",
         "batch_size": 1,
+        "num_timed_calls": 1,
         "seed": 5,
         "output": str(tmp_path / "results" / "compared"),
     }
@@ -181,10 +195,19 @@ def test_the_command_compares_policies(pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "load_prompts", lambda _: (*ASKED[:2], held_out))
     monkeypatch.setattr(InfinityPipeline, "from_pretrained", lambda *_: pipeline)
     monkeypatch.setattr(quality.command_line, "use_compilation_cache", lambda: None)
+    records = []
+    write = quality.report.write
+    monkeypatch.setattr(
+        quality.report, "write", lambda *args: records.append(json.loads(write(*args).read_text()))
+    )
     quality.main()
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["policy", "dense", "fastvar", "fastvar", "wrote"]
-    record = json.loads((tmp_path / "results" / "compared.json").read_text())
+    table = ["policy", "dense", "fastvar", "fastvar"]
+    assert [line.split()[0] for line in printed] == ["after", *table[:2], *["after", *table] * 3, "wrote"]
+    # What is known is written at once: the pictures of each, then the times of each.
+    known = [[row["loop_ms"] is not None for row in record["policies"]] for record in records]
+    assert known == [[False], [False, False], [True, False], [True, True]]
+    record = records[-1]
     dense, fastvar = record["policies"]
     assert (record["seed"], record["guidance_scale"]) == (5, 3.0)
     assert list(dense["tasks"]) == [prompt.scene.task for prompt in ASKED[:2]]
