@@ -4,8 +4,6 @@ Draws a few dozen pictures in full and under candidate settings, and writes the 
 profile beside the checkpoint, where --policy toprovar finds them. Prints a line per trial.
 """
 
-import functools
-
 from absl import flags
 
 from toprovar_jax import command_line
@@ -68,7 +66,6 @@ def main() -> None:
         num_pictures=_NUM_IMAGES.value,
         batch_size=_BATCH_SIZE.value,
         seed=_SEED.value,
-        report=functools.partial(print, flush=True),
     )
     reached = profile.calibration
     print(f"reached ssim {reached['ssim']:.4f} at {reached['speedup']:.2f}x fewer operations")

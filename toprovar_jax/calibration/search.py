@@ -240,6 +240,10 @@ def start_scales(
     ]
 
 
+def _print_at_once(line: str) -> None:
+    print(line, flush=True)
+
+
 def calibrate(
     pipe: InfinityPipeline,
     prompts: Sequence[str],
@@ -248,7 +252,7 @@ def calibrate(
     num_pictures: int = 24,
     batch_size: int = 8,
     seed: int = 0,
-    report: Callable[[str], object] = print,
+    report: Callable[[str], object] = _print_at_once,
 ) -> Profile:
     """Finds a checkpoint's profile.
 
