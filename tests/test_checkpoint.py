@@ -296,3 +296,10 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"needs up to 0\.\d GB but only 0\.0 GB are free: make room"):
         checkpoint.save(tmp_path / "out", CONFIG, PARAMETERS, dtype="float32")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_does_not_tell_where_it_was_written(original):
+    told = str(original.parent).encode()
+    files = [path for path in original.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert [path.name for path in files if told in path.read_bytes()] == []

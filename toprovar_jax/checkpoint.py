@@ -48,6 +48,7 @@ DTYPES = ("float32", "bfloat16")
 TOKENIZER_NAME = "tokenizer.json"
 EMBEDDED = Path(__file__).parent / "embedded"  # the small trained model that comes with the package
 
+_FINISHED_NAME = "commit_success.txt"
 _WRITE_BATCH_BYTES = 256 * 2**20
 _DATA_FILE_BYTES = 8 * 2**20  # a file holds this and up to one more array: repositories want small files
 _READ_CONCURRENT_GB = 2
@@ -258,6 +259,8 @@ def _write_component(folder: Path, parameters: Parameters, target: Parameters) -
     arguments = ocp.args.PyTreeSave(item, save_args=save_args, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(folder.absolute(), arguments)
+    # Where orbax marks a finished folder by a file it names this machine's path; the manifest marks ours.
+    (folder / _FINISHED_NAME).unlink(missing_ok=True)
 
 
 def _read_component(folder: Path, target: Parameters) -> Parameters:
