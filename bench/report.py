@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def provenance() -> dict[str, Any]:
     name = f"-m {module.name}" if module is not None else Path(sys.argv[0]).name
     device = jax.devices()[0]
     return {
-        "command": " ".join(["python", name, *sys.argv[1:]]),
+        "command": " ".join(["python", name, *map(_without_folder, sys.argv[1:])]),
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": f"{device.device_kind} ({device.platform}, {os.cpu_count()} host cores)",
@@ -45,6 +46,11 @@ def write(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
     partial.write_text(json.dumps({**provenance(), **results}, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def _without_folder(argument: str) -> str:
+    """An argument with absolute paths cut to their last part: where a machine keeps its files is no result."""
+    return re.sub(r"(?<![\w.])/(?:[^/\s=,]+/)*", "", argument)
 
 
 def _commit() -> str:

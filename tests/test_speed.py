@@ -251,3 +251,14 @@ def test_results_name_their_commit_also_where_git_or_the_history_is_missing(monk
     assert report.provenance()["commit"] == "unknown"
     monkeypatch.setenv("SOURCE_COMMIT", "5652dc1")
     assert report.provenance()["commit"] == "5652dc1"
+
+
+def test_results_do_not_tell_where_a_machine_keeps_its_files(monkeypatch):
+    arguments = ["bench", "--out", "/home/me/results", "--profiles=a=/mnt/p,b=rel/q", "--num=1/2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert report.provenance()["command"].split()[2:] == [
+        "--out",
+        "results",
+        "--profiles=a=p,b=rel/q",
+        "--num=1/2",
+    ]
