@@ -256,9 +256,4 @@ def test_results_name_their_commit_also_where_git_or_the_history_is_missing(monk
 def test_results_do_not_tell_where_a_machine_keeps_its_files(monkeypatch):
     arguments = ["bench", "--out", "/home/me/results", "--profiles=a=/mnt/p,b=rel/q", "--num=1/2"]
     monkeypatch.setattr(sys, "argv", arguments)
-    assert report.provenance()["command"].split()[2:] == [
-        "--out",
-        "results",
-        "--profiles=a=p,b=rel/q",
-        "--num=1/2",
-    ]
+    assert report.provenance()["command"].endswith(" --out results --profiles=a=p,b=rel/q --num=1/2")
