@@ -59,7 +59,7 @@ def flash_attention_entropy(
         "mosaic_gpu": one kernel, on Hopper GPUs, in bfloat16 and float16. Query tokens and capacity should be
           multiples of 8: others cost a padded copy.
         "cudnn": cuDNN's kernel, on NVIDIA GPUs, in bfloat16 and float16. Its entropy comes from a second call and
-          the identity H = logsumexp - scale q·(a K), whose error grows with the logits (2e-2 nats at scale 100):
+          the identity H = logsumexp - scale q·(a K), whose error grows with the logits:
           None takes it for calls without entropy only.
         "reference": plain jax.numpy, anywhere.
 
