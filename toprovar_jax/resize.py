@@ -1,7 +1,7 @@
 """Resizing of maps in [batch, height, width, channels] layout, in the three ways the tokenizer and FastVAR need.
 
-Both resizers are separable, so each is two products with small constant matrices. The matrices are computed in
-float64 when the function is traced; the result is float32.
+Both resizers are separable, so each is two products with small constant matrices, computed in float64 when the
+function is traced; only where averaging enlarges, it reads cells instead. The result is float32.
 Source: docs/spec/infinity.md, sections 5 (items 6, 8 and 9) and 6.5.
 """
 
@@ -36,6 +36,9 @@ def resize_area(
       x: the map.
       grid: rows and columns of the result. `x` itself (as float32) is returned where they are its own.
     """
+    height, width = x.shape[1:3]
+    if (height, width) != grid and height <= grid[0] and width <= grid[1]:
+        return _enlarge_area(x, grid)
     return _resize(x, grid, _area_weights)
 
 
@@ -66,6 +69,23 @@ def _resize(x: Array, grid: tuple[int, int], weights: Callable[[int, int], np.nd
     highest = jax.lax.Precision.HIGHEST
     x = jnp.einsum("ph,bhwc->bpwc", rows, x, precision=highest)
     return jnp.einsum("qw,bpwc->bpqc", columns, x, precision=highest)
+
+
+def _enlarge_area(x: Array, grid: tuple[int, int]) -> Array:
+    # A new cell touches one or two old ones along each axis, so it is the mean of four, some of them the same.
+    # XLA for GPUs reads these where the result is used; a product would write it out, and twice in other layouts.
+    batch, height, width, channels = x.shape
+    rows, columns = _touched(height, grid[0]), _touched(width, grid[1])
+    cells = x.reshape(batch, height * width, channels)
+    corners = [(row[:, None] * width + column).ravel() for row in rows for column in columns]
+    taken = [cells.at[:, corner].get(mode="promise_in_bounds").astype(jnp.float32) for corner in corners]
+    return ((taken[0] + taken[1] + taken[2] + taken[3]) / 4).reshape(batch, *grid, channels)
+
+
+def _touched(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last old cell that every new one touches."""
+    new = np.arange(new_size)
+    return new * size // new_size, -(-(new + 1) * size // new_size) - 1
 
 
 def _bilinear_weights(size: int, new_size: int) -> np.ndarray:

@@ -8,7 +8,6 @@ Source: docs/spec/toprovar.md, sections 5 and 6; docs/spec/fastvar_skipvar.md, s
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +22,7 @@ from toprovar_jax.models.infinity import (
 )
 from toprovar_jax.pruning.entropy import lowest_tokens
 from toprovar_jax.pruning.plan import TOKEN_ALIGNMENT, LayerRun, ScaleStep, Span
+from toprovar_jax.pruning.token_choice import TokenChoice
 from toprovar_jax.resize import resize_area
 from toprovar_jax.schedule import Grid
 
@@ -159,7 +159,8 @@ class _Execution:
         if not run.pruned:
             return self._run_all_tokens(run.span, x)
         if run.kept_tokens == 0:
-            return x + self._restore(run.span).sum(axis=1)
+            parts = range(self._restored[run.span].shape[1])
+            return x + sum(self._restore(run.span, part) for part in parts)
         if self._step.selection == "variance":
             return self._run_sublayers(run, x)
         return self._run_kept_tokens(run, x)
@@ -197,11 +198,11 @@ class _Execution:
     def _run_sublayers(self, run: LayerRun, x: Array) -> Array:
         """One layer; tokens are chosen before every sub-layer, in every row for itself."""
         (layer, _), choices = run.span, []
-        for update_of, base in zip(self._sublayers(layer), self._restore(run.span).swapaxes(0, 1), strict=True):
-            kept = _furthest_from_mean(x, run.kept_tokens)
-            choices.append(kept)
-            update = update_of(_gather(x, kept), _gather_rotation(self._rotation, kept), kept)
-            x = x + _scatter(base, kept, update)
+        for part, update_of in enumerate(self._sublayers(layer)):
+            choice = TokenChoice.furthest_from_mean(x, run.kept_tokens)
+            choices.append(choice.kept)
+            update = update_of(choice.take(x), self._rotation_of(choice), choice)
+            x = x + choice.put_back(update, self._restore(run.span, part))
         self.kept[run.span] = jnp.stack(choices, axis=1)
         return x
 
@@ -214,22 +215,23 @@ class _Execution:
         kept = lowest_tokens(scores, self._grid, run.kept_tokens)
         kept = jnp.tile(kept, (x.shape[0] // self._batch, 1))
         self.kept[run.span] = kept[:, None]
-        rotation = _gather_rotation(self._rotation, kept)
-        base = x + self._restore(run.span)[:, 0]
-        x = _gather(x, kept)
+        choice = TokenChoice.from_indices(kept, self._grid.size)
+        rotation, others = self._rotation_of(choice), x + self._restore(run.span)
+        x = choice.take(x)
         for layer in range(*run.span):
-            x, attended = self._model.run_block(layer, x, self._context, rotation, self._attend(layer))
-            self._record(layer, attended, kept)
-        return _scatter(base, kept, x)
+            attend = self._attend(layer, choice)
+            x, attended = self._model.run_block(layer, x, self._context, rotation, attend)
+            self._record(layer, attended, choice)
+        return choice.put_back(x, others)
 
-    def _sublayers(self, layer: int) -> tuple[Callable[[Array, Rotation, Array | None], Array], ...]:
-        """The three updates of a block as functions of tokens, their rotation and their indices."""
+    def _sublayers(self, layer: int) -> tuple[Callable[[Array, Rotation, TokenChoice | None], Array], ...]:
+        """The three updates of a block as functions of tokens, their rotation and which they are."""
         block, context = self._model.blocks[layer], self._context
         modulation = context.modulation[layer]
 
-        def attention(x: Array, rotation: Rotation, kept: Array | None) -> Array:
-            update, attended = block.attention_update(x, modulation, rotation, self._attend(layer))
-            self._record(layer, attended, kept)
+        def attention(x: Array, rotation: Rotation, choice: TokenChoice | None) -> Array:
+            update, attended = block.attention_update(x, modulation, rotation, self._attend(layer, choice))
+            self._record(layer, attended, choice)
             return update
 
         return (
@@ -238,27 +240,30 @@ class _Execution:
             lambda x, *_: block.mlp_update(x, modulation),
         )
 
-    def _attend(self, layer: int) -> Attend[Attended]:
+    def _attend(self, layer: int, choice: TokenChoice | None = None) -> Attend[Attended]:
         length = self._step.cache_lengths[layer]
-        return append_and_attend(self.cache[layer], length, self._padding, layer in self._entropy_layers)
+        padding = self._padding if choice is None else choice.padding
+        return append_and_attend(self.cache[layer], length, padding, layer in self._entropy_layers)
 
-    def _record(self, layer: int, attended: Attended, kept: Array | None = None) -> None:
+    def _rotation_of(self, choice: TokenChoice) -> Rotation:
+        cos, sin = self._rotation
+        return choice.take_shared(cos), choice.take_shared(sin)
+
+    def _record(self, layer: int, attended: Attended, choice: TokenChoice | None = None) -> None:
         self.cache[layer] = attended.cache
         if (entropy := attended.entropy) is not None:
-            if kept is not None:
-                entropy = _scatter(jnp.full((entropy.shape[0], self._grid.size), jnp.nan), kept, entropy)
-            self.entropy[layer] = entropy
+            self.entropy[layer] = entropy if choice is None else choice.put_back(entropy, jnp.nan)
 
     def _save(self, span: Span, updates: list[Array]) -> None:
         dtype = self.cache[span.start].key.dtype
         self.saved[span] = jnp.stack(updates, axis=1).astype(dtype)
 
-    def _restore(self, span: Span) -> Float[Array, "rows parts tokens channels"]:
+    def _restore(self, span: Span, part: int = 0) -> Float[Array, "rows tokens channels"]:
         assert self._step.restore_grid is not None
-        saved = self._restored[span]
-        rows, parts, _, channels = saved.shape
-        resized = resize_area(saved.reshape(rows * parts, *self._step.restore_grid, channels), self._grid)
-        return resized.reshape(rows, parts, self._grid.size, channels)
+        saved = self._restored[span][:, part]
+        rows, _, channels = saved.shape
+        resized = resize_area(saved.reshape(rows, *self._step.restore_grid, channels), self._grid)
+        return resized.reshape(rows, self._grid.size, channels)
 
 
 def _entropy_sources(step: ScaleStep) -> dict[LayerRun, int]:
@@ -275,24 +280,3 @@ def _entropy_sources(step: ScaleStep) -> dict[LayerRun, int]:
         )
         for run in step.scored_runs
     }
-
-
-def _furthest_from_mean(x: Float[Array, "rows tokens channels"], count: int) -> Int[Array, "rows count"]:
-    """FastVAR's choice: tokens by falling squared distance from the mean token of their row."""
-    distance = jnp.sum(jnp.square(x - jnp.mean(x, axis=1, keepdims=True)), axis=-1)
-    return jax.lax.top_k(distance, count)[1]
-
-
-def _gather(x: Float[Array, "rows tokens channels"], kept: Int[Array, "rows kept"]) -> Array:
-    return jnp.take_along_axis(x, kept[..., None], axis=1)
-
-
-def _gather_rotation(rotation: Rotation, kept: Int[Array, "rows kept"]) -> Rotation:
-    cos, sin = rotation
-    return cos[kept], sin[kept]
-
-
-def _scatter(base: Array, kept: Int[Array, "rows kept"], values: Array) -> Array:
-    """`base` [rows, tokens, ...] with `values` [rows, kept, ...] at the kept tokens."""
-    rows = jnp.arange(kept.shape[0])[:, None]
-    return base.at[rows, kept].set(values, unique_indices=True)
