@@ -61,12 +61,18 @@ class Batch:
             arguments += (self.negative.features, self.negative.lengths)
         return arguments
 
-    def scale_arguments(self, scale: int) -> tuple[Any, ...]:
-        """Arguments of `scale_step` after the draws, but for scores."""
-        settings = SamplingSettings(
-            np.asarray(self.settings.guidance_scale[scale], np.float32),
-            np.asarray(self.settings.temperature[scale], np.float32),
-            np.asarray(self.settings.top_k[scale], np.int32),
-            np.asarray(self.settings.top_p[scale], np.float32),
+    @property
+    def sampling_settings(self) -> tuple[SamplingSettings, ...]:
+        """Settings of every scale, as `scale_step` takes them."""
+        values = zip(
+            self.settings.guidance_scale,
+            self.settings.temperature,
+            self.settings.top_k,
+            self.settings.top_p,
+            strict=True,
         )
-        return settings, self.forced_bits[scale]
+        dtypes = (np.float32, np.float32, np.int32, np.float32)
+        return tuple(
+            SamplingSettings(*(np.asarray(value, dtype) for value, dtype in zip(scale, dtypes, strict=True)))
+            for scale in values
+        )

@@ -196,7 +196,8 @@ class _Builder:
                 self._state_shapes(loop, scale),
                 context,
                 draws[scale],
-                *batch.scale_arguments(scale),
+                batch.sampling_settings[scale],
+                batch.forced_bits[scale],
                 scores,
             ),
             {

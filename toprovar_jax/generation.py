@@ -18,7 +18,8 @@ from toprovar_jax.models.skeleton import Parameters
 from toprovar_jax.output import PipelineOutput, ScaleTrace, Timings, Trace
 from toprovar_jax.programs import Programs
 from toprovar_jax.pruning.policy import Report
-from toprovar_jax.scale_loop import LoopState, ScaleOutput, prepare
+from toprovar_jax.request import ScaleSettings
+from toprovar_jax.scale_loop import LoopState, SamplingSettings, ScaleOutput, prepare
 
 # Scales that are handed out before the host waits for an earlier one: the device never waits for the host.
 _SCALES_AHEAD = 2
@@ -40,6 +41,7 @@ class Generator:
         self._dtype = dtype
         self._programs = programs
         self._ready: dict[Hashable, BatchPrograms] = {}
+        self._settings: tuple[ScaleSettings | None, tuple[SamplingSettings, ...]] = (None, ())
         # The device's memory is for one batch. A callback may generate in the midst of a run.
         self._turn = threading.RLock()
 
@@ -67,7 +69,8 @@ class Generator:
         context = run(programs.context, self._params["transformer"], *batch.context_arguments)
         state, draws = run(programs.start, batch.seeds)
 
-        scales = _ScaleLoop(self._programs, self._params, programs, batch, context, draws, state)
+        settings = self._settings_on_device(batch)
+        scales = _ScaleLoop(self._programs, self._params, programs, batch, settings, context, draws, state)
         num_scales = len(batch.loop.schedule)
         ended: list[float] = []  # the text, then every scale
         chosen: list[np.ndarray] = []
@@ -87,8 +90,12 @@ class Generator:
                 on_scale_end(scale, num_scales)
 
         running: collections.deque[tuple[int | None, Any]] = collections.deque([(None, draws)])
+        # Kept to the end: where a buffer is freed meanwhile, later programs find theirs at other addresses than in
+        # the image before, and rewriting a program's CUDA graph for them takes the host 2 ms.
+        results = []
         for scale in range(num_scales):
-            running.append((scale, scales.run(scale)))
+            results.append(scales.run(scale))
+            running.append((scale, results[-1]))
             if len(running) > _SCALES_AHEAD:
                 finish(*running.popleft())
         code_map = scales.end()
@@ -115,6 +122,12 @@ class Generator:
         self._ready[batch.kind] = programs
         return programs, seconds
 
+    def _settings_on_device(self, batch: Batch) -> tuple[SamplingSettings, ...]:
+        """Those of the last batch are kept: to hand a number to a program costs the host as much as a kernel."""
+        if self._settings[0] != batch.settings:
+            self._settings = batch.settings, jax.device_put(batch.sampling_settings)
+        return self._settings[1]
+
 
 class _ScaleLoop:
     """The scales of one batch while they run."""
@@ -125,6 +138,7 @@ class _ScaleLoop:
         params: dict[str, Parameters],
         programs: BatchPrograms,
         batch: Batch,
+        settings: tuple[SamplingSettings, ...],
         context: Any,
         draws: tuple[jax.Array, ...],
         state: LoopState,
@@ -133,6 +147,7 @@ class _ScaleLoop:
         self._params = params
         self._programs = programs
         self._batch = batch
+        self._settings = settings
         self._context = context
         self._draws = draws
         self._guided = batch.loop.guided
@@ -168,7 +183,8 @@ class _ScaleLoop:
             self.state,
             self._context,
             self._draws[scale] if batch.draws[scale] is None else batch.draws[scale],
-            *batch.scale_arguments(scale),
+            self._settings[scale],
+            batch.forced_bits[scale],
             scores,
         )
         self._entropies[scale] = output.entropy
