@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-# Options of XLA for programs that draw too few pictures to be worth a search for the fastest products.
-COMPILED_IN_HASTE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# Options of XLA. cuBLAS adds biases and applies GELU where it multiplies; after XLA's own products that takes another
+# pass over the result.
+_COMPILED_FOR_SPEED: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+# For programs that draw too few pictures to be worth a search for the fastest products.
+COMPILED_IN_HASTE = {**_COMPILED_FOR_SPEED, "xla_gpu_autotune_level": 0}
 
 
 class Recipe(NamedTuple):
@@ -48,7 +51,7 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self.compiler_options: dict[str, Any] = {}
+        self.compiler_options = _COMPILED_FOR_SPEED
         self._compiled: dict[Hashable, Future[Any]] = {}
         self._tracing = threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
