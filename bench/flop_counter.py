@@ -21,7 +21,7 @@ from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
 from toprovar_jax.models.skeleton import abstract_parameters
-from toprovar_jax.pruning import execution
+from toprovar_jax.pruning import execution, token_choice
 from toprovar_jax.pruning.flops import PlanCost
 from toprovar_jax.pruning.plan import Plan
 from toprovar_jax.pruning.policy import Policy
@@ -44,6 +44,7 @@ def countable() -> Iterator[None]:
         mock.patch.object(reference, "CHUNK", 1 << 62),
         mock.patch.object(Infinity, "fold_text", lambda _, context: context),
         mock.patch.object(execution, "TOKEN_ALIGNMENT", 1),
+        mock.patch.object(token_choice, "TOKEN_ALIGNMENT", 1),
     ):
         yield
     jax.clear_caches()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from toprovar_jax.config import ARCHITECTURES, InfinityConfig
-from toprovar_jax.pruning.flops import PlanCost, Roofs, Work, layer_work, restoration_work, text_work
+from toprovar_jax.pruning.flops import PlanCost, Roofs, Work, layer_work, text_work
 from toprovar_jax.pruning.plan import Plan, ScalePlan
 from toprovar_jax.schedule import Grid, scale_schedule
 
@@ -23,12 +23,6 @@ def test_a_layer_by_hand():
         mlp=2 * 3 * (8 * 16 + 16 * 8),
     )
     assert (work.attention, work.total) == (480 + 192, 2304 + 480 + 192 + 1536)
-
-
-def test_restoration_by_hand():
-    # 5 x 2 weights on [2, 3 x 8], then 7 x 3 weights on each of 5 rows [3, 8]; nothing where the grid is the same.
-    assert restoration_work(TINY, Grid(2, 3), Grid(5, 7)).total == 2 * 5 * 2 * 24 + 5 * 2 * 7 * 3 * 8
-    assert restoration_work(TINY, Grid(5, 7), Grid(5, 7)).total == 0
 
 
 def test_the_text_by_hand():
@@ -54,19 +48,8 @@ def test_a_pruned_scale_counts_what_runs():
     scales = (*DENSE.scales[:1], ScalePlan((4, 2)), ScalePlan((6, 0), guided=False))
     cost = PlanCost(TINY, Plan(SCHEDULE, 2, scales, restore_scale=0), text_tokens=2)
     assert cost.layers(1) == (layer_work(TINY, 4, 5, 2) * 2, layer_work(TINY, 2, 3, 2) * 2)
-    assert cost.scale(1).restoration == 2 * restoration_work(TINY, Grid(1, 1), Grid(2, 2)).total
-    # The last scale is conditional: one row; its second layer is skipped and costs restoration alone.
+    # The last scale is conditional: one row; its second layer is skipped.
     assert cost.layers(2) == (layer_work(TINY, 6, 11, 2), Work())
-    assert cost.scale(2).restoration == restoration_work(TINY, Grid(1, 1), Grid(2, 3)).total
-
-
-def test_choosing_before_every_sublayer_restores_every_sublayer():
-    scales = (*DENSE.scales[:2], ScalePlan((3, 3)))
-    together, apart = (
-        PlanCost(TINY, Plan(SCHEDULE, 2, scales, selection, restore_scale=1)).scale(2)
-        for selection in ("scores", "variance")
-    )
-    assert apart == together + Work(restoration=5 * together.restoration)
 
 
 def test_a_dropped_scale_costs_nothing():

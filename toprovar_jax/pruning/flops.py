@@ -1,8 +1,8 @@
 """What a plan costs: floating-point operations by kind, weight bytes, and the time no implementation can beat.
 
 Products of matrices are counted, two operations per multiply-add, for every row that runs: guidance doubles them.
-Norms, softmax, entropy and the choice of tokens multiply no matrices and count as nothing; XLA's own count, which
-has them, is half a percent higher (`python -m bench.flops` prints both).
+Norms, softmax, entropy, the choice of tokens and what fills in for the others multiply no matrices and count as
+nothing; XLA's own count, which has them, is half a percent higher (`python -m bench.flops` prints both).
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.pruning.plan import Plan
-from toprovar_jax.schedule import Grid
 
 
 class Roofs(NamedTuple):
@@ -42,7 +41,6 @@ class Work:
       self_attention: logits and weighted values over this scale and the cached ones.
       cross_attention: the same over the text.
       mlp: both layers.
-      restoration: resizing the updates that fill in for tokens that did not run.
       embedding: codes to tokens.
       head: tokens to logits.
       text: pooling and projecting the text, and its keys and values, once per image.
@@ -53,7 +51,6 @@ class Work:
     self_attention: int = 0
     cross_attention: int = 0
     mlp: int = 0
-    restoration: int = 0
     embedding: int = 0
     head: int = 0
     text: int = 0
@@ -95,12 +92,6 @@ def layer_work(config: InfinityConfig, tokens: int, keys: int, text_tokens: int)
     )
 
 
-def restoration_work(config: InfinityConfig, source: Grid, grid: Grid) -> Work:
-    """Resizing one row's update from the grid that saved it: rows first, then columns."""
-    multiply_adds = grid.height * source.size + grid.size * source.width
-    return Work(restoration=0 if source == grid else 2 * config.embed_dim * multiply_adds)
-
-
 def text_work(config: InfinityConfig, text_tokens: int) -> Work:
     """What one row costs before the first scale."""
     width, channels = config.embed_dim, config.text_channels
@@ -135,7 +126,7 @@ class PlanCost:
         return self.batch * (2 if self.guided and self.plan.scales[scale].guided else 1)
 
     def layers(self, scale: int) -> tuple[Work, ...]:
-        """Every layer's work at a scale, without restoration; nothing for a scale that is dropped."""
+        """Every layer's work at a scale; nothing for a scale that is dropped."""
         if not self.plan.scales[scale].runs:
             return ()
         kept, cached = self.plan.scales[scale].kept_tokens, self.plan.step(scale).cache_lengths
@@ -155,7 +146,7 @@ class PlanCost:
             embedding=self.batch * 2 * tokens * config.token_bits * config.embed_dim if scale else 0,
             head=rows * 2 * tokens * config.embed_dim * 2 * config.token_bits,
         )
-        return sum((*self.layers(scale), self._restoration(scale)), outside)
+        return sum(self.layers(scale), outside)
 
     def loop(self) -> Work:
         """All scales."""
@@ -180,10 +171,3 @@ class PlanCost:
         work = self.scale(scale)
         computing = (work.total - work.attention) / roofs.products + work.attention / roofs.attention
         return max(computing, self.weight_bytes(scale) / roofs.bandwidth)
-
-    def _restoration(self, scale: int) -> Work:
-        step = self.plan.step(scale, self.config.level_layers)
-        if step.restore_grid is None:
-            return Work()
-        once = restoration_work(self.config, step.restore_grid, self.plan.schedule[scale]) * self.rows(scale)
-        return once * ((3 if step.by_sublayer else 1) * sum(run.pruned for run in step.runs))
