@@ -1,7 +1,8 @@
 """Draws many pictures in batches, each under the plan that its policy chooses for it alone.
 
-A batch follows the plan of its most demanding picture. So the first pass finds what every picture would have
-followed by itself, and those that would have saved more are drawn again, with their like.
+A batch follows the plan of its most demanding picture. So batches follow one plan from end to end, at first the
+one that the policy starts with; pictures for which it would have changed to another one on the way are drawn again
+under that, with their like. Only plans that some picture follows are compiled.
 """
 
 import dataclasses
@@ -38,12 +39,14 @@ def draw(
     """
     pictures: dict[int, np.ndarray] = {}
     plans: dict[int, Plan] = {}
-
-    def draw_some(indices: Sequence[int], followed: Policy) -> None:
+    seen: list[dict[int, Report]] = [{} for _ in prompts]
+    waiting: dict[_Followed, list[int]] = {_Followed(policy): [*range(len(prompts))]}
+    while waiting:
+        followed, indices = waiting.popitem()
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             rows = [batch[row % len(batch)] for row in range(batch_size)]
-            watched = _Watched(followed)
+            watched = dataclasses.replace(followed, reports={})
             output = pipeline(
                 [prompts[row] for row in rows],
                 seed=[seeds[row] for row in rows],
@@ -51,31 +54,73 @@ def draw(
                 output_type="np",
                 **settings,
             )
-            chosen = watched.chosen or [output.plan] * batch_size
-            plans.update(zip(rows, chosen, strict=True))
-            for row, plan, picture in zip(rows, chosen, np.asarray(output.images), strict=True):
-                if plan == output.plan:
-                    pictures[row] = picture
-
-    draw_some(range(len(prompts)), policy)
-    waiting = [index for index in range(len(prompts)) if index not in pictures]
-    for plan in dict.fromkeys(plans[index] for index in waiting):
-        draw_some([index for index in waiting if plans[index] == plan], _Followed(policy, plan))
+            for index, (row, picture) in enumerate(
+                zip(batch, np.asarray(output.images)[: len(batch)], strict=True)
+            ):
+                seen[row] |= {scale: _of_image(report, index) for scale, report in watched.reports.items()}
+                changed = followed.changed(output.plan, seen[row])
+                if changed is None:
+                    pictures[row], plans[row] = picture, output.plan
+                else:
+                    waiting.setdefault(changed, []).append(row)
     everything = range(len(prompts))
     return np.stack([pictures[index] for index in everything]), [plans[index] for index in everything]
 
 
+def _of_image(report: Report, image: int) -> Report:
+    return jax.tree.map(lambda values: values[image : image + 1], report)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Wrapped(Policy):
-    """Prunes as another policy does."""
+class _Followed(Policy):
+    """One of a policy's plans from end to end, whatever there is to see.
+
+    Attributes:
+      policy: whose plan it is.
+      plan: what runs; None for the plan that the policy starts with.
+      decided: the scale after which the policy chose the plan: it looks at later ones only.
+      reports: by scale, what there was to see in one batch.
+    """
 
     policy: Policy
+    plan: Plan | None = None
+    decided: int = -1
+    reports: dict[int, Report] = dataclasses.field(default_factory=dict, compare=False)
 
     def plans(self, schedule: ScaleSchedule, depth: int) -> tuple[Plan, ...]:
-        return self.policy.plans(schedule, depth)
+        first = self.policy.plans(schedule, depth)[0] if self.plan is None else self.plan
+        # Room for a full run in the cache, so that all plans share the programs of the scales that they run alike.
+        return tuple(dict.fromkeys([first, Plan.dense(schedule, depth)]))
 
     def entropy_layers(self, plan: Plan, scale: int) -> tuple[int, ...]:
-        return self.policy.entropy_layers(plan, scale)
+        first = self.plans(plan.schedule, plan.depth)[0]
+        alike = plan.scales[: scale + 1] == first.scales[: scale + 1]
+        return self.policy.entropy_layers(first, scale) if alike else ()
+
+    def observes(self, plan: Plan, scale: int) -> bool:
+        first = self.plans(plan.schedule, plan.depth)[0]
+        return plan == first and scale > self.decided and self.policy.observes(plan, scale)
+
+    def observe(self, *arguments: Any, **static: Any) -> PyTree[Array]:
+        return self.policy.observe(*arguments, **static)
+
+    def choose(self, plan: Plan, scale: int, reports: dict[int, Report]) -> Plan:
+        self.reports[scale] = reports[scale]
+        return plan
+
+    def changed(self, plan: Plan, reports: dict[int, Report]) -> "_Followed | None":
+        """What an image would have changed to on the way; None where it would have stayed.
+
+        Args:
+          plan: what was followed.
+          reports: by scale, what was seen of the image.
+        """
+        for scale in sorted(reports):
+            if scale > self.decided:
+                known = {earlier: report for earlier, report in reports.items() if earlier <= scale}
+                if (chosen := self.policy.choose(plan, scale, known)) != plan:
+                    return _Followed(self.policy, chosen, scale)
+        return None
 
     def score_scales(self, plan: Plan, scale: int) -> tuple[int, ...]:
         return self.policy.score_scales(plan, scale)
@@ -89,43 +134,3 @@ class _Wrapped(Policy):
         batch: int,
     ) -> Float[Array, "runs batch tokens"]:
         return self.policy.scores(entropies, plan=plan, step=step, batch=batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Followed(_Wrapped):
-    """One of a policy's plans, whatever there is to see."""
-
-    plan: Plan
-
-    def plans(self, schedule: ScaleSchedule, depth: int) -> tuple[Plan, ...]:
-        del schedule, depth
-        return (self.plan,)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Watched(_Wrapped):
-    """A policy, and what it would have chosen for every picture of one batch."""
-
-    chosen: list[Plan] = dataclasses.field(default_factory=list, compare=False)
-
-    def plans(self, schedule: ScaleSchedule, depth: int) -> tuple[Plan, ...]:
-        # Room for a full run in the cache, so that policies share the programs of the scales that they run alike.
-        return tuple(dict.fromkeys([*self.policy.plans(schedule, depth), Plan.dense(schedule, depth)]))
-
-    def observes(self, plan: Plan, scale: int) -> bool:
-        return self.policy.observes(plan, scale)
-
-    def observe(self, *arguments: Any, **static: Any) -> PyTree[Array]:
-        return self.policy.observe(*arguments, **static)
-
-    def choose(self, plan: Plan, scale: int, reports: dict[int, Report]) -> Plan:
-        if not self.chosen:
-            self.chosen.extend([plan] * len(jax.tree.leaves(reports)[0]))
-        for image, own in enumerate(self.chosen):
-            if self.policy.observes(own, scale):
-                seen = {
-                    earlier: jax.tree.map(lambda values, image=image: values[image : image + 1], report)
-                    for earlier, report in reports.items()
-                }
-                self.chosen[image] = self.policy.choose(own, scale, seen)
-        return self.policy.choose(plan, scale, reports)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,6 +54,7 @@ def run_cases(
     num_seeds: int,
     seed: int,
     batch_size: int,
+    report: Callable[[str], object],
     **settings: Any,
 ) -> Iterator[Run]:
     """Generates and measures every case's pictures, one case after the other.
@@ -67,9 +68,11 @@ def run_cases(
       num_seeds: pictures of every prompt.
       seed: of the first picture; the next ones count up.
       batch_size: pictures generated at once; each follows the plan that its policy chooses for it alone.
+      report: called with a line when a part of the work is done.
       **settings: the pipeline's, as `guidance_scale`.
     """
     counted = count_flops(pipeline, cases, settings.get("guidance_scale"))
+    report("counted operations")
     repeated = [*asked] * num_seeds
     texts, seeds = [prompt.text for prompt in repeated], [seed + index for index in range(len(repeated))]
     drawing = InfinityPipeline(
@@ -78,15 +81,17 @@ def run_cases(
     drawing.programs.compiler_options = COMPILED_IN_HASTE
     reference: np.ndarray | None = None
 
-    def draw(case: Case, count: int) -> tuple[UInt8[np.ndarray, "pictures height width 3"], list[Plan]]:
-        return image_plans.draw(drawing, texts[:count], seeds[:count], case.policy, batch_size, **settings)
+    def draw(case: Case, every: int) -> tuple[UInt8[np.ndarray, "pictures height width 3"], list[Plan]]:
+        return image_plans.draw(drawing, texts[::every], seeds[::every], case.policy, batch_size, **settings)
 
     with ThreadPoolExecutor(len(cases)) as pool:
-        # Each first batch only compiles, while others do or are drawn.
-        first = [pool.submit(draw, case, batch_size) for case in cases]
+        # A batch of each first, of all kinds of prompts, so that what it compiles is what all others need.
+        first = [pool.submit(draw, case, -(-len(texts) // batch_size)) for case in cases]
         for case in cases:
             first.pop(0).result()
-            pictures, plans = draw(case, len(texts))
+            report(f"compiled {case.name}")
+            pictures, plans = draw(case, 1)
+            report(f"drew {case.name}")
             reference = pictures if reference is None else reference
             similarity, error = _compare(pictures, reference, batch_size)
             right, flops = (

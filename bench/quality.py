@@ -89,9 +89,12 @@ def _compare_policies(
     tasks = [prompt.scene.task for prompt in asked]
     runs: list[policies.Run] = []
 
+    def report_line(what: str) -> None:
+        print(f"after {time.perf_counter() - started:.0f} s {what}", flush=True)
+
     def known(what: str) -> tuple[dict[str, Any], Image.Image]:
         rows = policy_rows.make_rows(runs, tasks)
-        print(f"after {time.perf_counter() - started:.0f} s {what}:", flush=True)
+        report_line(f"{what}:")
         print(policy_rows.format_rows(rows), flush=True)
         numbers = {"num_seeds": values.num_seeds, "policies": [dataclasses.asdict(row) for row in rows]}
         return numbers, policy_rows.draw_frontier(rows)
@@ -103,11 +106,12 @@ def _compare_policies(
         num_seeds=values.num_seeds,
         seed=values.seed,
         batch_size=values.batch_size,
+        report=report_line,
         **settings,
     )
     for run in drawn:
         runs.append(run)
-        yield known(f"drew {run.case.name}")
+        yield known(f"judged {run.case.name}")
     for index, run in enumerate(runs if values.num_timed_calls else ()):
         runs[index] = policies.timed(
             pipeline, run, asked[0], seed=values.seed, num_calls=values.num_timed_calls, **settings

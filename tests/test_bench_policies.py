@@ -43,7 +43,10 @@ def pipeline():
 
 def test_every_case_makes_the_same_pictures_of_the_same_prompts_and_seeds(pipeline):
     cases = [Case("dense", Dense()), Case("fastvar", FastVAR())]
-    dense, fastvar = run_cases(pipeline, cases, ASKED, num_seeds=2, seed=5, batch_size=1)
+    reported = []
+    dense, fastvar = run_cases(pipeline, cases, ASKED, num_seeds=2, seed=5, batch_size=1, report=reported.append)
+    steps = [f"{step} {case.name}" for case in cases for step in ("compiled", "drew")]
+    assert reported == ["counted operations", *steps]
     for run in (dense, fastvar):
         for values in (run.right, run.similarity, run.squared_error, run.flops, run.plans):
             assert np.shape(values)[:2] == (3, 2)
@@ -203,7 +206,16 @@ def test_the_command_compares_policies(pipeline, tmp_path, monkeypatch, capsys):
     quality.main()
     printed = capsys.readouterr().out.splitlines()
     table = ["policy", "dense", "fastvar", "fastvar"]
-    assert [line.split()[0] for line in printed] == ["after", *table[:2], *["after", *table] * 3, "wrote"]
+    drawn, judged = ["after"] * 2, ["after"]
+    dense_rows, both = [*drawn, *judged, *table[:2]], [*judged, *table]
+    expected = ["after", *dense_rows, *drawn, *both * 3, "wrote"]
+    assert [line.split()[0] for line in printed] == expected
+    assert [line.split(" s ", 1)[1] for line in printed[:4]] == [
+        "counted operations",
+        "compiled dense",
+        "drew dense",
+        "judged dense:",
+    ]
     # What is known is written at once: the pictures of each, then the times of each.
     known = [[row["loop_ms"] is not None for row in record["policies"]] for record in records]
     assert known == [[False], [False, False], [True, False], [True, True]]
