@@ -61,32 +61,38 @@ def test_layer_score_falls_from_one():
     np.testing.assert_allclose(measures.layer_score(ratio, 0.5), [1, np.exp(-0.5), np.exp(-5), 0], rtol=1e-6)
 
 
-def test_relative_entropy_by_each_normalization():
-    entropy = jnp.array([[3.0, 1.0, 4.0, 2.0]])
-    expected = {"sum": [0.3, 0.1, 0.4, 0.2], "mean": [1.2, 0.4, 1.6, 0.8], "rank": [2 / 3, 0, 1, 1 / 3]}
-    for normalization, values in expected.items():
-        np.testing.assert_allclose(measures.relative_entropy(entropy, normalization), [values], rtol=1e-6)
+def test_relative_entropies_have_mean_one():
+    entropy = jnp.array([[3.0, 1.0, 4.0, 2.0], [0.5, 0.5, 0.5, 0.5]])
+    expected = [[1.2, 0.4, 1.6, 0.8], [1, 1, 1, 1]]
+    np.testing.assert_allclose(jax.jit(measures.relative_entropy)(entropy), expected, rtol=1e-6)
 
 
 def test_a_single_key_makes_no_token_a_candidate():
-    for normalization in ("sum", "mean", "rank"):
-        np.testing.assert_array_equal(measures.relative_entropy(jnp.zeros((2, 1)), normalization), 0)
+    np.testing.assert_array_equal(measures.relative_entropy(jnp.zeros((2, 1))), 0)
+
+
+def test_what_is_known_of_relative_entropies_beforehand_holds_for_every_map():
+    entropy = random(30)
+    by_sum, by_mean = entropy / entropy.sum(), entropy / entropy.mean()
+    by_rank = np.argsort(np.argsort(entropy)) / 29
+    np.testing.assert_allclose(measures.expected_relative_entropy(30, "sum"), [by_sum.mean()], rtol=1e-6)
+    np.testing.assert_allclose(measures.expected_relative_entropy(30, "mean"), [by_mean.mean()], rtol=1e-6)
+    np.testing.assert_allclose(measures.expected_relative_entropy(30, "rank"), np.sort(by_rank))
+    np.testing.assert_array_equal(measures.expected_relative_entropy(1, "rank"), [0])
 
 
 def test_tendency_and_keep_probability_follow_the_equations():
-    entropy, score = random(2, 3, 16), random(2, 3, seed=1) / 5
-    q = measures.tendency(jnp.asarray(entropy), jnp.asarray(score), 5, 13, "mean")
-    expected = 6 / 13 * score[..., None] * entropy / entropy.mean(axis=-1, keepdims=True)
-    np.testing.assert_allclose(q, expected, rtol=1e-5)
-    keep = measures.keep_probability(q, 0.1, 1.4)
-    np.testing.assert_allclose(keep, 1 - np.clip(0.1 + 1.3 * expected, 0, 1), atol=1e-6)
-    assert keep.min() < 0.6 < keep.max() < 0.91
+    relative = np.array([0.0, 0.5, 1.0, 2.0])
+    q = measures.tendency(relative, 0.26, 5, 13)
+    np.testing.assert_allclose(q, [0, 0.06, 0.12, 0.24])
+    keep = measures.keep_probability(q, 0.1, 5.1)
+    np.testing.assert_allclose(keep, [0.9, 0.6, 0.3, 0.0], atol=1e-12)
 
 
 def test_the_printed_normalization_prunes_next_to_nothing():
     """The trap of Eq. 5: relative entropies of about 1 / tokens leave every probability at 1 - alpha_min."""
-    q = measures.tendency(jnp.asarray(random(1, 1024)), 1.0, 9, 10, "sum")
-    np.testing.assert_allclose(measures.keep_probability(q, 0.0, 0.9), 1, atol=3e-3)
+    q = measures.tendency(measures.expected_relative_entropy(1024, "sum"), 1.0, 9, 10)
+    np.testing.assert_allclose(measures.keep_probability(q, 0.0, 0.9), 1, atol=1e-3)
 
 
 def test_resize_map_keeps_its_own_grid_and_goes_to_another():

@@ -1,7 +1,7 @@
 """What attention entropy says about scales, layers and tokens: ToProVAR's measures, as pure functions.
 
 A map holds one entropy per token of a scale, in nats: low where attention is focused, high where it is diffuse.
-Everything here can be jitted; grids, counts and names are static.
+Functions of maps can be jitted, grids and counts being static; what is known before a map is there is for NumPy.
 Source: docs/spec/toprovar.md, sections 1 and 3 to 6.
 """
 
@@ -70,44 +70,52 @@ def layer_score(ratio: Float[Array, "*batch"], beta: float) -> Float[Array, "*ba
     return jnp.where(jnp.isinf(ratio), 0, jnp.exp(-beta * (ratio - 1)))
 
 
-def relative_entropy(
-    entropy: Float[Array, "*batch tokens"], normalization: Normalization
-) -> Float[Array, "*batch tokens"]:
-    """Entropies in relation to their map (Eq. 5); 0, which means keep, where all of them are 0."""
-    tokens = entropy.shape[-1]
+def relative_entropy(entropy: Float[Array, "*batch tokens"]) -> Float[Array, "*batch tokens"]:
+    """Entropies in relation to the mean of their map; 0, which means keep, where all of them are 0.
+
+    Order and shares are those of Eq. 5, whose values are this over the number of tokens.
+    """
+    mean = jnp.mean(entropy, axis=-1, keepdims=True)
+    return jnp.where(mean > 0, entropy / jnp.where(mean > 0, mean, 1), 0)
+
+
+def expected_relative_entropy(tokens: int, normalization: Normalization) -> Float[np.ndarray, "_tokens"]:
+    """The relative entropies of Eq. 5 as far as they are known before a map is.
+
+    Exact for ranks, which are the same in every map. Of the other normalizations only the mean is known, which
+    gives the exact mean of Eq. 6 where no probability is clipped.
+
+    Args:
+      tokens: of the map.
+      normalization: see `Normalization`.
+
+    Returns:
+      Values [tokens], or [1] where only their mean is known.
+    """
     if normalization == "rank":
-        ranks = jnp.argsort(jnp.argsort(entropy, axis=-1, stable=True), axis=-1)
-        return ranks.astype(jnp.float32) / max(tokens - 1, 1)
-    total = jnp.sum(entropy, axis=-1, keepdims=True)
-    shares = jnp.where(total > 0, entropy / jnp.where(total > 0, total, 1), 0)
-    return shares * tokens if normalization == "mean" else shares
+        return np.arange(tokens) / max(tokens - 1, 1)
+    return np.ones(1) / (tokens if normalization == "sum" else 1)
 
 
 def tendency(
-    entropy: Float[Array, "*batch tokens"],
-    score: Float[Array, "*batch"] | float,
-    scale: int,
-    num_scales: int,
-    normalization: Normalization,
-) -> Float[Array, "*batch tokens"]:
+    relative: Float[np.ndarray, "tokens"], score: float, scale: int, num_scales: int
+) -> Float[np.ndarray, "tokens"]:
     """q of Eq. 5: how much a token lends itself to pruning.
 
     Args:
-      entropy: of the layer and scale.
+      relative: entropies, relative to their map.
       score: R of the layer, see `layer_score`.
       scale: index of the scale, from 0.
       num_scales: scales of the run.
-      normalization: see `Normalization`.
     """
-    depth = (scale + 1) / num_scales
-    return depth * jnp.asarray(score)[..., None] * relative_entropy(entropy, normalization)
+    return (scale + 1) / num_scales * score * relative
 
 
 def keep_probability(
-    tendency: Float[Array, "*batch tokens"], alpha_min: float, alpha_max: float
-) -> Float[Array, "*batch tokens"]:
+    tendency: Float[np.ndarray, "tokens"], alpha_min: float, alpha_max: float
+) -> Float[np.ndarray, "tokens"]:
     """P_keep of Eq. 6 for a scale from the start scale on; before it every token is kept."""
-    return 1 - jnp.clip(alpha_min + (alpha_max - alpha_min) * tendency, 0, 1)
+    return 1 - np.clip(alpha_min + (alpha_max - alpha_min) * tendency, 0, 1)
 
 
 def resize_map(
@@ -145,7 +153,7 @@ def lowest_tokens(scores: Float[Array, "batch tokens"], grid: Grid, count: int) 
     scores go by index.
 
     Args:
-      scores: one per token, for instance the tendency or the entropy itself.
+      scores: one per token, for instance the entropy.
       grid: the scale.
       count: how many to keep, 1 to all.
     """

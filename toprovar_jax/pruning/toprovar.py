@@ -7,6 +7,7 @@ Source: docs/spec/toprovar.md, sections 3 to 6.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from toprovar_jax.pruning import entropy as measures
 from toprovar_jax.pruning.plan import Plan, ScalePlan, ScaleStep, Selection, bucket
 from toprovar_jax.pruning.policy import Policy, Report
 from toprovar_jax.pruning.profile import Profile
-from toprovar_jax.schedule import Grid, ScaleSchedule
+from toprovar_jax.schedule import ScaleSchedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ToProVAR(Policy):
 
     Attributes:
       profile: what calibration has found for the checkpoint.
-      use_scale: whether the start depends on the image; otherwise `profile.usual_scales` fixes it.
+      use_scale: whether the start depends on the image; otherwise `profile.usual_scales` fixes it. Where the
+        profile's threshold is one that every share crosses, no image is looked at either.
       use_layers: whether layers differ; otherwise all count as detail layers.
       use_tokens: whether detail layers run on some tokens; otherwise they are skipped and, where all layers count
         as detail layers, whole scales are dropped.
@@ -44,22 +46,24 @@ class ToProVAR(Policy):
         plan saves updates at the scale before its start, which is all that the scales before tell them apart by.
         """
         self.profile.check_depth(depth)
-        first = self._first_start(schedule)
-        if not self.use_scale:
-            return (self.plan_from(first, schedule),)
-        plans = [self.plan_from(start, schedule) for start in range(first, len(schedule))]
-        return tuple(dict.fromkeys([*plans, Plan.dense(schedule, depth)]))
+        return _plans(self, schedule)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the start depends on the image at all."""
+        above = self.profile.crossing == "above"
+        every_share_crosses = self.profile.tau <= 0 if above else self.profile.tau >= 1
+        return self.use_scale and not every_share_crosses
 
     def _first_start(self, schedule: ScaleSchedule) -> int:
         scales = self.profile.prunable_scales if self.use_scale else self.profile.usual_scales
         return max(1, len(schedule) - scales)
 
     def observes(self, plan: Plan, scale: int) -> bool:
-        return self.use_scale and self._undecided(plan, scale)
+        return self._looks and self._undecided(plan, scale)
 
     def entropy_layers(self, plan: Plan, scale: int) -> tuple[int, ...]:
-        observed = self.use_scale and self._undecided(plan, scale)
-        needed = observed or (self._scores_tokens() and self._may_leave_updates(plan, scale))
+        needed = self.observes(plan, scale) or (self._scores_tokens() and self._may_leave_updates(plan, scale))
         return tuple(range(plan.depth)) if needed else ()
 
     def _may_leave_updates(self, plan: Plan, scale: int) -> bool:
@@ -129,7 +133,7 @@ class ToProVAR(Policy):
         grid = plan.schedule[step.scale]
         maps = measures.image_entropy(entropy, batch).reshape(-1, entropy.shape[-1])
         maps = measures.resize_map(maps, plan.schedule[source], grid)
-        relative = measures.relative_entropy(maps, "mean").reshape(plan.depth, batch, grid.size)
+        relative = measures.relative_entropy(maps).reshape(plan.depth, batch, grid.size)
         own = self.profile.source == "same_layers"
         spans = [run.span if own else (0, plan.depth) for run in step.scored_runs]
         return jnp.stack([jnp.mean(relative[start:stop], axis=0) for start, stop in spans])
@@ -163,31 +167,30 @@ class ToProVAR(Policy):
 
     def _kept_tokens(self, schedule: ScaleSchedule, scale: int, score: float) -> int:
         """How many tokens a layer keeps: as many as Eq. 6 expects, in the next bucket."""
-        grid = schedule[scale]
+        profile, grid = self.profile, schedule[scale]
         if score == 0:
             return grid.size
         if not self.use_tokens:
             return 0
-        share = self._expected_share(grid, (scale + 1) / len(schedule) * score)
+        relative = measures.expected_relative_entropy(grid.size, profile.normalization)
+        tendency = measures.tendency(relative, score, scale, len(schedule))
+        keep = measures.keep_probability(tendency, profile.alpha_min, profile.alpha_max)
+        share = float(np.mean(keep))
         # Rounded, so that the error of a product does not reach for the next bucket.
         return bucket(grid, round(share * grid.size, 6)) if share > 0 else 0
 
-    def _expected_share(self, grid: Grid, strength: float) -> float:
-        """Mean of Eq. 6 over a grid, the tendency being `strength` times the relative entropy.
 
-        Exact for ranks, which are the same in every image. Of the other normalizations only the mean is known
-        before an image is, which is exact where no probability is clipped.
-        """
-        profile = self.profile
-        relative = {
-            "rank": np.arange(grid.size) / max(grid.size - 1, 1),
-            "mean": np.ones(1),
-            "sum": np.ones(1) / grid.size,
-        }[profile.normalization]
-        pruned = profile.alpha_min + (profile.alpha_max - profile.alpha_min) * strength * relative
-        return float(np.mean(1 - np.clip(pruned, 0, 1)))
+# Asked for while an image is drawn, and the device waits for the choice.
+@functools.lru_cache(maxsize=64)
+def _plans(policy: ToProVAR, schedule: ScaleSchedule) -> tuple[Plan, ...]:
+    first = policy._first_start(schedule)
+    if not policy._looks:
+        return (policy.plan_from(first, schedule),)
+    plans = [policy.plan_from(start, schedule) for start in range(first, len(schedule))]
+    return tuple(dict.fromkeys([*plans, Plan.dense(schedule, len(policy.profile.layer_scores))]))
 
 
+@functools.lru_cache(maxsize=64)
 def _start(plan: Plan) -> int | None:
     """The first scale that does not run in full; None where all do."""
     dense = Plan.dense(plan.schedule, plan.depth)
