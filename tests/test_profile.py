@@ -111,8 +111,11 @@ def test_a_folder_that_cannot_be_written_or_read_is_named(tmp_path):
         PROFILE.save(tmp_path)
     assert os.listdir(tmp_path) == [PROFILE_NAME]
     check_writable(tmp_path)
-    with refused(r"^cannot write into /proc: .*; make the folder writable$"):
-        check_writable("/proc")
+    check_writable(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
+    for folder in ("/proc", "/proc/new"):
+        with refused(rf"^cannot write into {folder}: .*; make it writable or choose another folder$"):
+            check_writable(folder)
     with refused(rf"^cannot read {tmp_path}/{PROFILE_NAME}: .*Is a directory"):
         load_profile(tmp_path)
 

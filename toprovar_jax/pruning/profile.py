@@ -173,16 +173,19 @@ class Profile:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Finds out before any work whether a profile can be written.
+    """Finds out before any work whether a profile can be written, and makes the folder where there is none.
 
     Raises:
       ProfileError: it cannot.
     """
     try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ProfileError(f"cannot write into {folder}: {error.strerror}; make the folder writable") from error
+        raise ProfileError(
+            f"cannot write into {folder}: {error.strerror}; make it writable or choose another folder"
+        ) from error
 
 
 def load_profile(folder: str | os.PathLike[str]) -> Profile | None:
