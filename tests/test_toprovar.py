@@ -134,6 +134,16 @@ def test_pruning_starts_after_the_scale_that_crosses():
     assert chosen(policy(tau=0.7), [np.float32(0.7)]) == early
 
 
+@pytest.mark.parametrize(("tau", "crossing"), [(0.0, "above"), (1.0, "below")])
+def test_a_threshold_that_every_share_crosses_asks_no_image(tau, crossing):
+    """The start is then known beforehand, and the device need not wait for the host to choose."""
+    decided = policy(tau=tau, crossing=crossing)
+    (plan,) = decided.plans(SCHEDULE, 4)
+    assert plan == policy().plans(SCHEDULE, 4)[0]
+    assert not any(decided.observes(plan, scale) for scale in range(len(SCHEDULE)))
+    assert [len(decided.entropy_layers(plan, scale)) for scale in range(len(SCHEDULE))] == [0, 4, 0, 0]
+
+
 def test_a_batch_waits_for_its_last_image():
     early, late, dense = policy().plans(SCHEDULE, 4)
     assert chosen(policy(), [0.6, 0.6]) == early

@@ -49,8 +49,8 @@ class ToProVAR(Policy):
         return _plans(self, schedule)
 
     @property
-    def _looks(self) -> bool:
-        """Whether the start depends on the image at all."""
+    def looks(self) -> bool:
+        """Whether any image is looked at, to find where its pruning starts."""
         above = self.profile.crossing == "above"
         every_share_crosses = self.profile.tau <= 0 if above else self.profile.tau >= 1
         return self.use_scale and not every_share_crosses
@@ -60,7 +60,7 @@ class ToProVAR(Policy):
         return max(1, len(schedule) - scales)
 
     def observes(self, plan: Plan, scale: int) -> bool:
-        return self._looks and self._undecided(plan, scale)
+        return self.looks and self._undecided(plan, scale)
 
     def entropy_layers(self, plan: Plan, scale: int) -> tuple[int, ...]:
         needed = self.observes(plan, scale) or (self._scores_tokens() and self._may_leave_updates(plan, scale))
@@ -184,7 +184,7 @@ class ToProVAR(Policy):
 @functools.lru_cache(maxsize=64)
 def _plans(policy: ToProVAR, schedule: ScaleSchedule) -> tuple[Plan, ...]:
     first = policy._first_start(schedule)
-    if not policy._looks:
+    if not policy.looks:
         return (policy.plan_from(first, schedule),)
     plans = [policy.plan_from(start, schedule) for start in range(first, len(schedule))]
     return tuple(dict.fromkeys([*plans, Plan.dense(schedule, len(policy.profile.layer_scores))]))

@@ -99,7 +99,7 @@ class PictureTrace:
     @property
     def threshold(self) -> float | None:
         """tau; None where the policy does not go by it."""
-        return self.policy.profile.tau if isinstance(self.policy, ToProVAR) and self.policy.use_scale else None
+        return self.policy.profile.tau if isinstance(self.policy, ToProVAR) and self.policy.looks else None
 
     @property
     def start(self) -> int | None:
