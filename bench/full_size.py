@@ -39,22 +39,24 @@ def full_size_config(model: str, text_encoder: T5Config | None = None) -> Checkp
 
 
 def aggressive_profile(model: str) -> Profile:
-    """A ToProVAR profile that saves as much as the paper reports, for models that nothing can be calibrated on.
+    """A ToProVAR profile that is to save as much time as the paper reports, for models of random weights.
 
-    The inner layers of the last five scales keep half of their tokens; the last two scales of 2B, the last one of
-    others are dropped. Every image starts at once, but only after a look at it: a focused share is never below 0.
+    The paper makes the loop of 2B 3.4 times and that of 8B 2.7 times as fast. Here the inner layers of the last
+    five scales keep a quarter of their tokens in 2B and three eighths in others; the last two scales of 2B, the
+    last one of others are dropped. The start is known beforehand, and no image is looked at to find it: a focused
+    share is never below 0.
     """
-    depth = ARCHITECTURES[model].depth
-    dense = depth // 8
+    depth, of_2b = ARCHITECTURES[model].depth, model == "infinity_2b"
+    dense, pruned = depth // 8, 0.75 if of_2b else 0.625
     return Profile(
         layer_scores=(0.0,) * dense + (1.0,) * (depth - 2 * dense) + (0.0,) * dense,
         tau=0.0,
         crossing="above",
         prunable_scales=5,
         usual_scales=5,
-        dropped_scales=2 if model == "infinity_2b" else 1,
-        alpha_min=0.5,
-        alpha_max=0.5,
+        dropped_scales=2 if of_2b else 1,
+        alpha_min=pruned,
+        alpha_max=pruned,
     )
 
 
