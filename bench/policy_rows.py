@@ -16,10 +16,18 @@ _LEAST_ERROR = 1e-10  # equal pictures count as 100 dB
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One case less another, paired."""
+    """One case less another, paired.
+
+    Attributes:
+      score: difference of the scores.
+      similarity: difference of the mean SSIM.
+      flops: operations over those of the other. At 1 or less, a case with no lower score and higher SSIM beats the
+        other at equal operations, since more of them would not have made it worse.
+    """
 
     score: Estimate
     similarity: Estimate
+    flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +97,11 @@ def make_rows(runs: Sequence[Run], tasks: Sequence[str]) -> list[Row]:
                 loop_ms=run.loop_ms,
                 total_ms=run.total_ms,
                 changes={
-                    other: Change(estimate(score - means[other][0]), estimate(similarity - means[other][1]))
+                    other: Change(
+                        estimate(score - means[other][0]),
+                        estimate(similarity - means[other][1]),
+                        float(cost[0] / means[other][3][0]),
+                    )
                     for other in others
                 },
                 plans=[(count / run.right.size, plan.table().splitlines()) for plan, count in plans.most_common()],
@@ -112,7 +124,8 @@ def format_rows(rows: Sequence[Row]) -> str:
             f"  {1 / row.flops_share:>5.2f}x  {_times(row, rows[0])}"
         )
     lines += [
-        f"{row.name} less {other}: score {100 * change.score.mean:+.1f} ({_interval(change.score, 100, '+.1f')}), "
+        f"{row.name} less {other}, at {change.flops:.2f} of its operations: "
+        f"score {100 * change.score.mean:+.1f} ({_interval(change.score, 100, '+.1f')}), "
         f"SSIM {change.similarity.mean:+.3f} ({_interval(change.similarity, 1, '+.3f')})"
         for row in rows
         for other, change in row.changes.items()

@@ -136,9 +136,9 @@ def test_rows_are_means_with_paired_differences():
     ]
     assert lines[3].split()[-3:] == ["4.00x", "-", "-"]
     assert lines[4:] == [
-        "other less dense: score -12.5 (-25.0 to +0.0), SSIM -0.150 (-0.150 to -0.150)",
-        "last less dense: score -37.5 (-50.0 to -25.0), SSIM -0.250 (-0.250 to -0.250)",
-        "last less other: score -25.0 (-25.0 to -25.0), SSIM -0.100 (-0.100 to -0.100)",
+        "other less dense, at 0.40 of its operations: score -12.5 (-25.0 to +0.0), SSIM -0.150 (-0.150 to -0.150)",
+        "last less dense, at 0.25 of its operations: score -37.5 (-50.0 to -25.0), SSIM -0.250 (-0.250 to -0.250)",
+        "last less other, at 0.62 of its operations: score -25.0 (-25.0 to -25.0), SSIM -0.100 (-0.100 to -0.100)",
     ]
     assert draw_frontier([dense, other, last]).width > 1000
 
