@@ -7,6 +7,7 @@ target. Writes coefficients as JSON beside the checkpoint, where policy "skipvar
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Int
 
-from bench.scenes.prompts import load_prompts
+from bench.image_plans import Followed
+from bench.scenes.prompts import Prompt, load_prompts
 from toprovar_jax import command_line
 from toprovar_jax.calibration.search import Target
 from toprovar_jax.checkpoint import EMBEDDED
@@ -24,7 +26,6 @@ from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.programs import COMPILED_IN_HASTE
 from toprovar_jax.pruning.flops import PlanCost
 from toprovar_jax.pruning.logistic import LogisticModel
-from toprovar_jax.pruning.policy import Fixed
 from toprovar_jax.pruning.skipvar import DecisionModel, SkipVAR, decisions_text
 from toprovar_jax.similarity import structural_similarity
 
@@ -85,9 +86,8 @@ def collect(
     plans = watching.plans(schedule, transformer.depth)
     similarities = []
     for plan in plans[1:]:
-        drawn = [
-            pipeline(texts, seed=seeds, policy=Fixed(plan), output_type="np").images for texts, seeds in batches
-        ]
+        policy = Followed(watching, plan, decided=len(schedule))
+        drawn = [pipeline(texts, seed=seeds, policy=policy, output_type="np").images for texts, seeds in batches]
         pairs = zip(drawn, full, strict=True)
         similarities.append(np.concatenate([np.asarray(structural_similarity(*pair)) for pair in pairs]))
     columns = np.stack(similarities, axis=1)
@@ -189,6 +189,12 @@ def fit_target(samples: Samples, costs: Float[np.ndarray, "7"], target: Target) 
     return fit(samples, low), low
 
 
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """So many prompts, or all where there are fewer, from all over the file: it goes task by task."""
+    count = min(count, len(prompts))
+    return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
 def main() -> None:
     """Draws, fits, prints and writes."""
     values = flags.FLAGS
@@ -196,7 +202,7 @@ def main() -> None:
     command_line.use_compilation_cache()
     pipeline = InfinityPipeline.from_pretrained(values.checkpoint)
     pipeline.programs.compiler_options = COMPILED_IN_HASTE
-    prompts = [prompt.text for prompt in load_prompts("tuning")][: values.num_images]
+    prompts = [prompt.text for prompt in spread(load_prompts("tuning"), values.num_images)]
     samples, costs = collect(pipeline, prompts, values.seed, values.batch_size)
     model, similarity = fit_target(samples, costs, target)
     saved = 1 / share(model, samples, costs)

@@ -40,7 +40,7 @@ def draw(
     pictures: dict[int, np.ndarray] = {}
     plans: dict[int, Plan] = {}
     seen: list[dict[int, Report]] = [{} for _ in prompts]
-    waiting: dict[_Followed, list[int]] = {_Followed(policy): [*range(len(prompts))]}
+    waiting: dict[Followed, list[int]] = {Followed(policy): [*range(len(prompts))]}
     while waiting:
         followed, indices = waiting.popitem()
         for start in range(0, len(indices), batch_size):
@@ -72,8 +72,10 @@ def _of_image(report: Report, image: int) -> Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Followed(Policy):
+class Followed(Policy):
     """One of a policy's plans from end to end, whatever there is to see.
+
+    All plans of a policy share the programs of the scales that they run alike.
 
     Attributes:
       policy: whose plan it is.
@@ -89,7 +91,7 @@ class _Followed(Policy):
 
     def plans(self, schedule: ScaleSchedule, depth: int) -> tuple[Plan, ...]:
         first = self.policy.plans(schedule, depth)[0] if self.plan is None else self.plan
-        # Room for a full run in the cache, so that all plans share the programs of the scales that they run alike.
+        # Room for a full run in the cache, on whose size programs depend.
         return tuple(dict.fromkeys([first, Plan.dense(schedule, depth)]))
 
     def entropy_layers(self, plan: Plan, scale: int) -> tuple[int, ...]:
@@ -108,7 +110,7 @@ class _Followed(Policy):
         self.reports[scale] = reports[scale]
         return plan
 
-    def changed(self, plan: Plan, reports: dict[int, Report]) -> "_Followed | None":
+    def changed(self, plan: Plan, reports: dict[int, Report]) -> "Followed | None":
         """What an image would have changed to on the way; None where it would have stayed.
 
         Args:
@@ -119,7 +121,7 @@ class _Followed(Policy):
             if scale > self.decided:
                 known = {earlier: report for earlier, report in reports.items() if earlier <= scale}
                 if (chosen := self.policy.choose(plan, scale, known)) != plan:
-                    return _Followed(self.policy, chosen, scale)
+                    return Followed(self.policy, chosen, scale)
         return None
 
     def score_scales(self, plan: Plan, scale: int) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from bench.fit_skipvar import Samples, collect, fit, fit_logistic, fit_target, labels, share
+from bench.fit_skipvar import Samples, collect, fit, fit_logistic, fit_target, labels, share, spread
+from bench.scenes import world
+from bench.scenes.prompts import load_prompts
 from tests import tiny
 from toprovar_jax.calibration.search import Target
 from toprovar_jax.checkpoint import EMBEDDED
@@ -54,6 +56,13 @@ def test_decisions_save_the_target_at_the_highest_similarity():
     assert fit_target(samples, COSTS, Target(similarity=0.9)) == (fit(samples, 0.9), 0.9)
     with pytest.raises(InputError, match=r"^no decisions reach a speed-up of 20.00: choose a lower target$"):
         fit_target(samples, COSTS, Target(speedup=20.0))
+
+
+def test_a_few_prompts_are_of_all_tasks():
+    prompts = load_prompts("tuning")
+    assert {prompt.scene.task for prompt in spread(prompts, 12)} == {*world.TASKS}
+    assert len({*spread(prompts, 100)}) == 100
+    assert spread(prompts, 1000) == [*prompts]
 
 
 def test_samples_are_what_the_policies_draw():
