@@ -94,10 +94,7 @@ def run_cases(
             report(f"drew {case.name}")
             reference = pictures if reference is None else reference
             similarity, error = _compare(pictures, reference, batch_size)
-            right, flops = (
-                _judge(pictures, repeated, batch_size),
-                np.array([counted[case][plan] for plan in plans]),
-            )
+            right, flops = _judge(pictures, repeated), np.array([counted[case][plan] for plan in plans])
             right, similarity, error, flops = (
                 values.reshape(num_seeds, len(asked)).T for values in (right, similarity, error, flops)
             )
@@ -159,15 +156,11 @@ def timed(
 
 
 def _judge(
-    pictures: UInt8[np.ndarray, "pictures height width 3"], asked: Sequence[Prompt], batch_size: int
+    pictures: UInt8[np.ndarray, "pictures height width 3"], asked: Sequence[Prompt]
 ) -> Bool[np.ndarray, "pictures"]:
     """Whether each shows what is asked for."""
-    right = []
-    for start in range(0, len(pictures), batch_size):
-        part = slice(start, start + batch_size)
-        found = detector.detect(detector.load_weights(), pictures[part].astype(np.float32) / 127.5 - 1)
-        right += [score.judge(prompt.scene, seen) for prompt, seen in zip(asked[part], found, strict=True)]
-    return np.array(right)
+    found = detector.detect(detector.load_weights(), pictures)
+    return np.array([score.judge(prompt.scene, seen) for prompt, seen in zip(asked, found, strict=True)])
 
 
 def _compare(

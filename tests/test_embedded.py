@@ -47,5 +47,5 @@ def test_the_command_without_a_checkpoint_draws_what_it_is_asked_for(tmp_path):
     assert "warning" not in run.stderr
     picture = np.asarray(Image.open(tmp_path / "image_0000_seed_0.png"))
     assert picture.shape == (256, 256, 3)
-    (found,) = detector.detect(detector.load_weights(), picture[None].astype(np.float32) / 127.5 - 1)
+    (found,) = detector.detect(detector.load_weights(), picture[None])
     assert score.judge(Scene("counting", (SceneObject("star", "yellow"),), "night sky", count=3), found)

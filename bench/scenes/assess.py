@@ -83,6 +83,6 @@ def assess(
     batches = generate(pipeline, asked, seed=seed, batch_size=batch_size, **settings)
     progress = tqdm(batches, total=-(-len(asked) // batch_size), unit="batch")
     pictures = np.concatenate([batch for batch, _ in progress])
-    found = detector.detect(detector.load_weights(), pictures.astype(np.float32) / 127.5 - 1)
+    found = detector.detect(detector.load_weights(), pictures)
     right = [score.judge(prompt.scene, detections) for prompt, detections in zip(asked, found, strict=True)]
     return pictures, right, score.score(asked, found)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, UInt8
 
 from bench.scenes import weights, world
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
@@ -136,12 +136,15 @@ def _double(x: Array) -> Array:
 CONFIG = DetectorConfig()
 
 
-def detect(parameters: Parameters, images: Float[np.ndarray, "batch height width 3"]) -> list[list[Detection]]:
+def detect(
+    parameters: Parameters,
+    images: Float[np.ndarray, "batch height width 3"] | UInt8[np.ndarray, "batch height width 3"],
+) -> list[list[Detection]]:
     """Objects of every picture, the most confident first.
 
     Args:
       parameters: of `CONFIG`'s detector, as `load_weights` returns them.
-      images: RGB with values in [-1, 1].
+      images: RGB, with values in [-1, 1] or in bytes.
     """
     found: list[list[Detection]] = []
     for start in range(0, len(images), _BATCH):
@@ -156,6 +159,8 @@ def detect(parameters: Parameters, images: Float[np.ndarray, "batch height width
 @jax.jit
 def _peaks(parameters: Parameters, images: Array) -> dict[str, Array]:
     """The most confident local maxima of every picture, [batch, _MAX_DETECTIONS]."""
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 127.5 - 1
     output = bind(Detector, CONFIG, jnp.float32, parameters)(images)
     confidence = jax.nn.sigmoid(output.center)
     batch, rows, columns = confidence.shape
