@@ -1,5 +1,6 @@
 """The command: files it writes, what it prints, and one line with exit code 2 for every mistake."""
 
+import gc
 import os
 import re
 import shutil
@@ -247,3 +248,18 @@ def test_prompt_files_without_prompts_are_refused(run_here, tmp_path):
     code, error = run_here("--prompt_file", tmp_path / "prompts.txt", "--output_dir", tmp_path)
     assert code == 2
     assert "holds no prompt: write one per line" in error
+
+
+def test_commands_seldom_search_for_garbage_and_never_in_modules():
+    seen = []
+    before = gc.get_threshold()
+    gc.set_threshold(700)
+    gc.unfreeze()
+    try:
+        command_line.run(lambda: seen.append((gc.get_freeze_count(), gc.get_threshold()[0])), ["command"])
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+    ((frozen, threshold),) = seen
+    assert frozen > 100_000
+    assert threshold > 10_000
