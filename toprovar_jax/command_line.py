@@ -73,7 +73,7 @@ def read_prompts(file: str) -> list[str]:
 
 
 def _collect_garbage_seldom() -> None:
-    """Spares a start the tenth of its work that is searching, the most of it through modules that stay to the end."""
+    """Spares a start a tenth of its work: searches, mostly through modules that stay to the end anyway."""
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)
 
