@@ -251,7 +251,9 @@ class InfinityPipeline:
         key = ("reconstruct", codes)
         static = {"config": self.config.vae, "dtype": self.dtype, "schedule": codes}
         with _explain_out_of_memory():
-            self.programs.compile({key: lambda: Recipe(reconstruct_pixels, (self.params["vae"], fitted), static)})
+            self.programs.compile(
+                {key: lambda: Recipe(reconstruct_pixels, (self.params["vae"], fitted), static, convolves=True)}
+            )
             return to_images(np.asarray(self.programs.run(key, self.params["vae"], fitted)))[0]
 
     def _encode(self, name: str, prompt: Any, features: Any) -> tuple[TextBatch | None, float]:

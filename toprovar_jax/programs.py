@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-# Options of XLA. cuBLAS adds biases and applies GELU where it multiplies; after XLA's own products that takes another
-# pass over the result.
+# Options of XLA. cuBLAS adds biases and applies GELU where it multiplies; after XLA's own products that takes
+# another pass over the result.
 _COMPILED_FOR_SPEED: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 # For programs that draw too few pictures to be worth a search for the fastest products.
 COMPILED_IN_HASTE = {**_COMPILED_FOR_SPEED, "xla_gpu_autotune_level": 0}
@@ -26,12 +26,15 @@ class Recipe(NamedTuple):
       arguments: its positional arguments, or their shapes as `jax.ShapeDtypeStruct`s.
       static: its keyword arguments, compiled in.
       donate: positions of arguments whose buffers the result may take over.
+      convolves: whether it spends its time in convolutions, which are slow on a GPU unless XLA searches for fast
+        ones: it is never compiled in haste.
     """
 
     function: Callable[..., Any]
     arguments: tuple[PyTree, ...]
     static: dict[str, Hashable]
     donate: tuple[int, ...] = ()
+    convolves: bool = False
 
     def output_shapes(self) -> PyTree:
         """Shapes and dtypes of the result, without running anything."""
@@ -47,7 +50,7 @@ class Programs:
     """Compiles each program once, several at a time, and runs it by its key; threads may share it.
 
     Attributes:
-      compiler_options: XLA's, for the programs to come.
+      compiler_options: XLA's, for the programs to come that do not convolve.
     """
 
     def __init__(self) -> None:
@@ -73,9 +76,11 @@ class Programs:
         started = time.perf_counter()
         # Tracing holds the interpreter, so one thread does it at a time; compiling does not.
         with self._tracing:
-            for key, recipe in recipes.items():
+            for key, make_recipe in recipes.items():
                 if key not in self._compiled:
-                    self._compiled[key] = self._pool.submit(recipe().lower().compile, self.compiler_options)
+                    recipe = make_recipe()
+                    options = _COMPILED_FOR_SPEED if recipe.convolves else self.compiler_options
+                    self._compiled[key] = self._pool.submit(recipe.lower().compile, options)
             programs = [self._compiled[key] for key in recipes]
         try:
             for program in programs:
