@@ -90,6 +90,18 @@ def test_a_run_and_its_output(name, settings):
     assert repeated.timings.compile == 0.0
 
 
+def test_the_decoder_is_handed_out_before_the_last_scale_that_runs_has_ended(monkeypatch):
+    events = []
+    pipe = pipeline(False, "float32")
+    run = pipe.programs.run
+    monkeypatch.setattr(
+        pipe.programs, "run", lambda key, *arguments: (events.append(key[0]), run(key, *arguments))[1]
+    )
+    generate("fastvar", output_type="np", callback_on_scale_end=lambda scale, _: events.append(scale))
+    last = len(SIX_SCALES) - 3  # FastVAR drops two
+    assert events.index("decode") < events.index(last)
+
+
 def test_an_image_does_not_depend_on_its_batch_where_the_plan_does_not():
     together = generate(FastVAR(), batch=3, seed=[4, 5, 6])
     alone = generate(FastVAR(), batch=1, seed=4)

@@ -96,7 +96,8 @@ class Generator:
         for scale in range(num_scales):
             results.append(scales.run(scale))
             running.append((scale, results[-1]))
-            if len(running) > _SCALES_AHEAD:
+            # Dropped scales are no work: to wait for one before them would leave the device idle.
+            while sum(result is not None for _, result in running) > _SCALES_AHEAD:
                 finish(*running.popleft())
         code_map = scales.end()
         pixels = run(programs.decode, self._params["vae"], code_map) if batch.decode else code_map
