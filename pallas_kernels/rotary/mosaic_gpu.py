@@ -27,7 +27,8 @@ _EPSILON = 1e-12
 class _Scratch(NamedTuple):
     """Shared memory of a block, with its barriers."""
 
-    tile: Any  # [warpgroups, 64, head_dim]: a head's input, then its result
+    tile: Any  # [warpgroups, 64, head_dim]: a head's input, then the rotated queries
+    appended: Any  # [warpgroups, 64, head_dim]: what goes into a cache
     bias: Any  # [warpgroups, head_dim]
     cos: Any  # [64, head_dim]
     sin: Any  # [64, head_dim]
@@ -72,6 +73,7 @@ def rotate_and_append(
     rows, tokens, _, heads, head_dim = query_key_value.shape
     dtype = query_key_value.dtype
     cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
+    bound = float(jnp.dtype(dtype).type(max_log_scale))  # as jax.numpy would compare
     tiles = pl.cdiv(tokens, _TOKENS)
     warpgroups = math.gcd(heads, _WARPGROUPS)
     # Several heads in turn, where there are blocks enough for all multiprocessors: tables are read less often.
@@ -85,6 +87,8 @@ def rotate_and_append(
 
     scratch = _Scratch(
         tile=memory(warpgroups, _TOKENS),
+        # Row by row: a copy out of the tensor cores' tiles must start at a multiple of 8 tokens.
+        appended=plgpu.SMEM((warpgroups, _TOKENS, head_dim), dtype),
         bias=plgpu.SMEM((warpgroups, head_dim), dtype),
         cos=memory(_TOKENS, dtype=jnp.float32),
         sin=memory(_TOKENS, dtype=jnp.float32),
@@ -129,10 +133,13 @@ def rotate_and_append(
             x = x * registers.load(memory.cos) + exchanged * registers.load(memory.sin)
             return x * lax.broadcast_in_dim(factor, x.shape, (0,))
 
-        def store(x: jax.Array, destination: Any) -> None:
-            tile[...] = x.astype(dtype)
+        def append(x: jax.Array, destination: Any) -> None:
+            registers.store(memory.appended.at[warpgroup], x.astype(dtype))
+            copy_out(memory.appended.at[warpgroup], destination)
+
+        def copy_out(source: Any, destination: Any) -> None:
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, destination)
+            plgpu.copy_smem_to_gmem(source, destination)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.loop(0, block_heads // warpgroups)
@@ -145,16 +152,17 @@ def rotate_and_append(
 
             @pl.when(kind == 0)
             def _query() -> None:
-                scale = jnp.exp(jnp.minimum(log_scale[head].astype(jnp.float32), max_log_scale))
-                store(rotate(load(query_bias, head), scale), queries.at[row, here, head])
+                scale = jnp.exp(jnp.minimum(log_scale[head].astype(jnp.float32), bound))
+                tile[...] = rotate(load(query_bias, head), scale).astype(dtype)
+                copy_out(tile, queries.at[row, here, head])
 
             @pl.when(kind == 1)
             def _key() -> None:
-                store(rotate(load(), 1.0), keys.at[row, there, head])
+                append(rotate(load(), 1.0), keys.at[row, there, head])
 
             @pl.when(kind == 2)
             def _value() -> None:
-                store(load(value_bias, head), values.at[row, there, head])
+                append(load(value_bias, head), values.at[row, there, head])
 
     def body(*refs: Any) -> None:
         pl.run_scoped(functools.partial(kernel, *refs), *scratch, collective_axes="warpgroup")
@@ -210,6 +218,13 @@ class _Registers(NamedTuple):
         """A row, in float32, to be broadcast over a tile's rows."""
         return _load(row, plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
+    def store(self, rows: Any, x: jax.Array) -> None:
+        """A tile into memory that holds it row by row: with bank conflicts."""
+        if hasattr(plgpu, "store"):
+            plgpu.store(rows, x, optimized=False)
+        else:  # before jax 0.12
+            rows[...] = x
+
     def multiply(self, x: jax.Array, matrix: Any) -> jax.Array:
         """Tile · matrix, in float32."""
 
@@ -230,6 +245,10 @@ class _InterpretedRegisters(NamedTuple):
     def load_row(self, row: Any) -> jax.Array:
         """A row, in float32."""
         return self.load(row)
+
+    def store(self, rows: Any, x: jax.Array) -> None:
+        """A tile into memory."""
+        rows[...] = x
 
     def multiply(self, x: jax.Array, matrix: Any) -> jax.Array:
         """Tile · matrix, in float32."""
