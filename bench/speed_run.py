@@ -20,6 +20,7 @@ from bench import kernel_profile, report
 from bench.floors import stage_floors
 from bench.full_size import aggressive_profile, load_pipeline
 from bench.stage_clock import time_stages
+from toprovar_jax import command_line
 from toprovar_jax.config import ARCHITECTURES
 from toprovar_jax.errors import InputError
 from toprovar_jax.output import PipelineOutput
@@ -183,6 +184,7 @@ def _write(case: Case, result: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the case that the only argument describes and writes its result."""
     case = Case(**json.loads(sys.argv[1]))
+    command_line.collect_garbage_seldom()  # as the commands do that users run
     try:
         result = run(case)
     except InputError as error:

@@ -47,7 +47,7 @@ def run(
     except InputError as error:
         _fail(str(error))
     warnings.showwarning = _show_warning
-    _collect_garbage_seldom()
+    collect_garbage_seldom()
     try:
         main()
     except InputError as error:
@@ -72,7 +72,7 @@ def read_prompts(file: str) -> list[str]:
     return prompts
 
 
-def _collect_garbage_seldom() -> None:
+def collect_garbage_seldom() -> None:
     """Spares a start a tenth of its work: searches, mostly through modules that stay to the end anyway."""
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)
