@@ -13,7 +13,7 @@ from toprovar_jax import scale_loop
 from toprovar_jax.batch_programs import decode_pixels
 from toprovar_jax.config import VAE_STRIDE_8, VAE_STRIDE_16, InfinityConfig, VAEConfig
 from toprovar_jax.models.bsq_vae import BSQVAE
-from toprovar_jax.models.infinity import Infinity, KeyValue, Projection, append_and_attend
+from toprovar_jax.models.infinity import Infinity, KeyValue, append_and_attend
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.schedule import ASPECT_RATIOS, PIXEL_BUDGETS, rope_grid, scale_schedule
 
@@ -78,47 +78,31 @@ def test_guidance_inside_the_layers_happens_at_its_block_only():
     assert mixed["block1_out"] == 0.0
 
 
-def projection_of(query_key_value, padding=0):
-    """Of the new tokens, which stand under angles of their own, and tokens that only fill up."""
-    tokens, heads, head_dim = query_key_value.shape[1], *query_key_value.shape[3:]
-    angles = jnp.pad(jnp.arange(tokens * head_dim / 2).reshape(tokens, -1), ((0, padding), (0, 0)))
-    wide = ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))
-    bias, value_bias = jnp.linspace(-1, 1, 2 * heads * head_dim).reshape(2, -1)
-    return Projection(
-        jnp.pad(query_key_value, wide, constant_values=7.0),
-        bias,
-        value_bias,
-        jnp.arange(heads, dtype=jnp.float32),
-        (jnp.cos(angles), jnp.sin(angles)),
-    )
-
-
 def test_tokens_that_the_cache_has_no_room_for_are_attended_to_all_the_same():
-    keys = iter(jax.random.split(jax.random.key(0), 3))
+    keys = iter(jax.random.split(jax.random.key(0), 5))
     roomy = KeyValue(*(jax.random.normal(next(keys), (2, 24, 2, 4)) for _ in range(2)))
-    projection = projection_of(jax.random.normal(next(keys), (2, 13, 3, 2, 4)))
-    _, key, value = projection.split()
-    expected, after = append_and_attend(roomy, 10, return_entropy=True)(projection)
+    query, key, value = (jax.random.normal(next(keys), (2, 13, 2, 4)) for _ in range(3))
+    expected, after = append_and_attend(roomy, 10, return_entropy=True)(query, key, value)
     assert (np.asarray(after.cache.key[:, 10:23]) == key).all()
-    assert (np.asarray(after.cache.value[:, 10:23]) == value).all()
 
     full = jax.tree.map(lambda x: x[:, :16], roomy)
-    output, after = append_and_attend(full, 10, return_entropy=True)(projection)
+    output, after = append_and_attend(full, 10, return_entropy=True)(query, key, value)
     np.testing.assert_array_equal(output, expected)
     assert after.entropy.shape == (2, 13)
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), after.cache, full))
     with pytest.raises(AssertionError, match="no room in the cache"):
-        append_and_attend(full, 17)(projection)
+        append_and_attend(full, 17)(query, key, value)
 
 
 def test_padding_is_attended_to_by_none_and_the_next_scale_takes_its_place():
-    keys = iter(jax.random.split(jax.random.key(0), 3))
+    keys = iter(jax.random.split(jax.random.key(0), 5))
     cache = KeyValue(*(jax.random.normal(next(keys), (2, 24, 2, 4)) for _ in range(2)))
-    new = jax.random.normal(next(keys), (2, 5, 3, 2, 4))
-    expected, after = append_and_attend(cache, 10)(projection_of(new))
+    new = [jax.random.normal(next(keys), (2, 5, 2, 4)) for _ in range(3)]
+    padded = [jnp.pad(x, ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=7.0) for x in new]
+    expected, after = append_and_attend(cache, 10)(*new)
     for capacity in (24, 16, 10):  # room for all, for all but the padding, for none
         full = jax.tree.map(lambda x, end=capacity: x[:, :end], cache)
-        output, found = append_and_attend(full, 10, padding=3)(projection_of(new, padding=3))
+        output, found = append_and_attend(full, 10, padding=3)(*padded)
         np.testing.assert_allclose(output[:, :5], expected, atol=1e-6)
         valid = min(15, capacity)
         np.testing.assert_array_equal(found.cache.key[:, :valid], after.cache.key[:, :valid])

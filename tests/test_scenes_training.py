@@ -30,7 +30,7 @@ from bench.scenes.detector import DetectorOutput
 from bench.scenes.training import StageConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.bsq_vae import BSQVAE, multi_scale_quantize, sum_codes
-from toprovar_jax.models.infinity import Infinity, Projection, attend_scale_by_scale
+from toprovar_jax.models.infinity import Infinity, attend_scale_by_scale
 from toprovar_jax.models.skeleton import abstract_parameters
 from toprovar_jax.schedule import Grid
 
@@ -272,21 +272,13 @@ def test_some_images_go_without_their_last_scales():
 def test_attention_for_training_equals_that_of_generation_and_has_a_gradient(sides):
     schedule = tuple(Grid(side, side) for side in sides)
     tokens = sum(grid.size for grid in schedule)
-    angles = jnp.arange(tokens * 4.0).reshape(tokens, 4)
-    projection = Projection(
-        query_key_value=jax.random.normal(jax.random.key(0), (2, tokens, 3, 2, 8)),
-        query_bias=jnp.ones(16),
-        value_bias=jnp.ones(16),
-        log_scale=jnp.ones(2),
-        rotation=(jnp.cos(angles), jnp.sin(angles)),
-    )
-    expected, _ = attend_scale_by_scale(schedule)(projection)
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, tokens, 2, 8))
+    expected, _ = attend_scale_by_scale(schedule)(query, key, value)
     attend = train_transformer.differentiable_attention(schedule)
-    output, _ = attend(projection)
+    output, _ = attend(query, key, value)
     np.testing.assert_allclose(output, expected, atol=2e-5)
     # The first scale must not see the others: its output does not change with their values.
-    gradient_of_sum = jax.grad(lambda x: attend(projection._replace(query_key_value=x))[0][:, 0].sum())
-    gradient = gradient_of_sum(projection.query_key_value)[:, :, 2]
+    gradient = jax.grad(lambda v: attend(query, key, v)[0][:, 0].sum())(value)
     assert (np.asarray(gradient[:, 0]) != 0).all()
     assert (np.asarray(gradient[:, 1:]) == 0).all()
 

@@ -15,7 +15,7 @@ from bench.scenes.train_detector import cast_like
 from bench.scenes.train_vae import schedule_of
 from bench.scenes.training import Loss, TrainingConfig, fresh_parameters
 from toprovar_jax.models.bsq_vae import BSQVAE, SelfCorrection, self_correction_inputs
-from toprovar_jax.models.infinity import Attend, Infinity, KeyValue, Projection
+from toprovar_jax.models.infinity import Attend, Infinity, KeyValue
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, bind
 from toprovar_jax.schedule import ScaleSchedule, rope_grid
 
@@ -147,8 +147,7 @@ def differentiable_attention(schedule: ScaleSchedule) -> Attend:
     mask = jnp.asarray(level[:, None] >= level)[None, None]
     on_gpu = jax.default_backend() == "gpu"
 
-    def attend(projection: Projection) -> tuple[Array, KeyValue]:
-        query, key, value = projection.split()
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, KeyValue]:
         start = ends[first - 1] if first else 0
         outputs = []
         if first:

@@ -2,14 +2,14 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn, reference
-from pallas_kernels.device import current_device, is_hopper
 
 Implementation = Literal["mosaic_gpu", "cudnn", "reference"]
 
@@ -120,18 +120,18 @@ def _attention(name: str) -> Callable[..., tuple[jax.Array, jax.Array | None, ja
 
 
 def _not_for_mosaic_gpu(query: jax.Array) -> str | None:
-    head_dim, device = query.shape[-1], current_device()
+    head_dim, kind = query.shape[-1], _device().device_kind
     if query.dtype == jnp.float32:
         return "it multiplies bfloat16 and float16 only, not float32"
     if head_dim % 16 or head_dim > 256:
         return f"it needs a head_dim that is a multiple of 16 up to 256, not {head_dim}"
-    if not is_hopper(device):
-        return f"it needs a Hopper GPU (H100, H200, GH200), and the device is {device.device_kind}"
+    if not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
+        return f"it needs a Hopper GPU (H100, H200, GH200), and the device is {kind}"
     return None
 
 
 def _not_for_cudnn(query: jax.Array) -> str | None:
-    head_dim, device = query.shape[-1], current_device()
+    head_dim, device = query.shape[-1], _device()
     if query.dtype == jnp.float32:
         return "it multiplies bfloat16 and float16 only, not float32"
     if head_dim % 8 or head_dim > 128:
@@ -140,6 +140,14 @@ def _not_for_cudnn(query: jax.Array) -> str | None:
     if not device.device_kind.startswith("NVIDIA") or float(getattr(device, "compute_capability", 8.0)) < 8.0:
         return f"it needs an NVIDIA GPU from Ampere on, and the device is {device.device_kind}"
     return None
+
+
+def _device() -> Any:
+    """The device that the call is traced for, real or abstract."""
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return abstract
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def _checked_kv_length(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int | None) -> int:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
-from pallas_kernels import can_rotate_and_append, flash_attention_entropy, rotate_and_append
+from pallas_kernels import flash_attention_entropy
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.models import rope
 from toprovar_jax.models.text_attention import CrossAttention, FoldedText, KeyValue, TextPool, linear, split_heads
@@ -35,43 +35,8 @@ Cache = tuple[KeyValue, ...]  # one entry per layer
 Rotation = tuple[Float[Array, "*_rows _tokens pairs"], Float[Array, "*_rows _tokens pairs"]]
 
 T = TypeVar("T")
-
-
-class Projection(NamedTuple):
-    """Queries, keys and values of the new tokens as the projection leaves them, and what they still need.
-
-    Attributes:
-      query_key_value: without biases.
-      query_bias: keys have none.
-      value_bias: of values.
-      log_scale: of queries, one per head.
-      rotation: of the tokens.
-    """
-
-    query_key_value: Float[Array, "rows tokens 3 heads head_dim"]
-    query_bias: Float[Array, "channels"]
-    value_bias: Float[Array, "channels"]
-    log_scale: Float[Array, "heads"]
-    rotation: Rotation
-
-    def split(self) -> tuple[Array, Array, Array]:
-        """Queries and keys, normalised and rotated, and values: [rows, tokens, heads, head_dim] each."""
-        rows, tokens, _, heads, _ = self.query_key_value.shape
-        dtype = self.query_bias.dtype
-        # Queries and keys go through as one array of twice the heads; keys have neither bias nor scale.
-        bias = jnp.concatenate([self.query_bias, jnp.zeros_like(self.query_bias)])
-        query_key, value = jnp.split(self.query_key_value.reshape(rows, tokens, -1), [bias.size], axis=-1)
-        query_key = split_heads(query_key + bias, 2 * heads)
-        value = split_heads(value + self.value_bias, heads)
-        # The scale is learned per head, so attention itself runs with scale 1.
-        scale = jnp.exp(jnp.minimum(self.log_scale, MAX_LOG_SCALE).astype(jnp.float32))
-        query_key = _normalize(query_key) * jnp.concatenate([scale, jnp.ones_like(scale)])[:, None]
-        query, key = jnp.split(rope.rotate(query_key, *self.rotation).astype(dtype), 2, axis=-2)
-        return query, key, value
-
-
-# Projection of the new tokens -> attention output, and whatever the caller wants back of the layer.
-Attend = Callable[[Projection], tuple[Array, T]]
+# Queries, keys and values of the new tokens -> attention output, and whatever the caller wants back of the layer.
+Attend = Callable[[Array, Array, Array], tuple[Array, T]]
 
 
 class TextContext(NamedTuple):
@@ -153,15 +118,17 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "rows tokens channels"], rotation: Rotation, attend: Attend[T]
     ) -> tuple[Float[Array, "rows tokens channels"], T]:
-        heads = self.log_scale.shape[0]
-        projection = Projection(
-            query_key_value=self.query_key_value(x).reshape(*x.shape[:2], 3, heads, -1),
-            query_bias=self.query_bias[...],
-            value_bias=self.value_bias[...],
-            log_scale=self.log_scale[...],
-            rotation=rotation,
-        )
-        output, result = attend(projection)
+        heads, dtype = self.log_scale.shape[0], self.query_bias.dtype
+        # Queries and keys go through as one array of twice the heads; keys have neither bias nor scale.
+        bias = jnp.concatenate([self.query_bias[...], jnp.zeros_like(self.query_bias[...])])
+        query_key, value = jnp.split(self.query_key_value(x), [bias.size], axis=-1)
+        query_key = split_heads(query_key + bias, 2 * heads)
+        value = split_heads(value + self.value_bias[...], heads)
+        # The scale is learned per head, so attention itself runs with scale 1.
+        scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE).astype(jnp.float32))
+        query_key = _normalize(query_key) * jnp.concatenate([scale, jnp.ones_like(scale)])[:, None]
+        query, key = jnp.split(rope.rotate(query_key, *rotation).astype(dtype), 2, axis=-2)
+        output, result = attend(query, key, value)
         return self.output(output.reshape(x.shape)), result
 
 
@@ -264,47 +231,32 @@ class _AppendAndAttend:
     padding: int
     return_entropy: bool
 
-    def __call__(self, cache: KeyValue, projection: Projection) -> tuple[Array, Attended]:
-        new_tokens = projection.query_key_value.shape[1] - self.padding
-        kv_length = self.length + new_tokens
-        assert self.length <= cache.key.shape[1], "the scale before had no room in the cache"
-        has_room = kv_length <= cache.key.shape[1]
-        held = cache if has_room else KeyValue(*(self._longer(x, new_tokens) for x in cache))
-        query, attended = self._append(held, projection)
+    def __call__(self, cache: KeyValue, query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
+        capacity, kv_length = cache.key.shape[1], self.length + query.shape[1] - self.padding
+        assert self.length <= capacity, "the scale before had no room in the cache"
+        if self.length + query.shape[1] > capacity:
+            new_tokens = query.shape[1] - self.padding
+            key, value = key[:, :new_tokens], value[:, :new_tokens]
+        if kv_length <= capacity:
+            update = jax.lax.dynamic_update_slice_in_dim
+            cache = KeyValue(
+                update(cache.key, key, self.length, axis=1), update(cache.value, value, self.length, axis=1)
+            )
+            attended = cache
+        else:
+            attended = KeyValue(self._joined(cache.key, key), self._joined(cache.value, value))
         output, entropy, _ = flash_attention_entropy(
             query, *attended, scale=1.0, kv_length=kv_length, return_entropy=self.return_entropy
         )
-        entropy = None if entropy is None else jnp.mean(entropy, axis=1)
-        return output, Attended(attended if has_room else cache, entropy)
+        return output, Attended(cache, None if entropy is None else jnp.mean(entropy, axis=1))
 
-    def _append(self, cache: KeyValue, projection: Projection) -> tuple[Array, KeyValue]:
-        if can_rotate_and_append(projection.query_key_value):
-            cos, sin = (table if table.ndim == 3 else table[None] for table in projection.rotation)
-            query, *appended = rotate_and_append(
-                projection.query_key_value,
-                *cache,
-                cos,
-                sin,
-                query_bias=projection.query_bias,
-                value_bias=projection.value_bias,
-                query_log_scale=projection.log_scale,
-                max_log_scale=MAX_LOG_SCALE,
-                length=self.length,
-            )
-            return query, KeyValue(*appended)
-        query, key, value = projection.split()
-        room = cache.key.shape[1] - self.length
-        appended = [
-            jax.lax.dynamic_update_slice_in_dim(old, new[:, :room], self.length, axis=1)
-            for old, new in zip(cache, (key, value), strict=True)
-        ]
-        return query, KeyValue(*appended)
-
-    def _longer(self, cached: Array, new_tokens: int) -> Array:
-        room = -(self.length + new_tokens) % 8  # attention wants a multiple of 8: saves another copy there
-        longer = jnp.pad(cached[:, : self.length], ((0, 0), (0, new_tokens + room), (0, 0), (0, 0)))
+    def _joined(self, cached: Array, new: Array) -> Array:
+        room = -(self.length + new.shape[1]) % 8  # attention wants a multiple of 8: saves another copy there
+        after = new.shape[1] + room
+        longer = jnp.pad(cached[:, : self.length], ((0, 0), (0, after), (0, 0), (0, 0)))
         # Held, or XLA for GPUs makes one kernel of both pieces, which takes three times as long as two.
-        return jax.lax.optimization_barrier(longer)
+        longer = jax.lax.optimization_barrier(longer)
+        return jax.lax.dynamic_update_slice_in_dim(longer, new, self.length, axis=1)
 
 
 def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:
@@ -313,8 +265,7 @@ def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:
     Every scale's queries against their prefix of keys is the block-causal mask, without the work it would mask.
     """
 
-    def attend(projection: Projection) -> tuple[Array, None]:
-        query, key, value = projection.split()
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
         outputs, start = [], 0
         for grid in schedule:
             end = start + grid.size
