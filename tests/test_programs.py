@@ -3,10 +3,11 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from toprovar_jax.programs import Programs, Recipe
+from toprovar_jax.programs import COMPILED_IN_HASTE, Programs, Recipe
 
 
 def doubled(x):
@@ -47,3 +48,28 @@ def test_a_program_that_failed_may_be_compiled_again():
     assert len(programs) == 0
     programs.compiler_options = {}
     assert programs.compile(recipes) > 0
+
+
+def test_convolutions_are_not_compiled_in_haste(monkeypatch):
+    used = {}
+    compile_lowered = jax.stages.Lowered.compile
+
+    def compile_and_tell(lowered, options):
+        used[lowered.as_text().split()[1]] = dict(options)
+        return compile_lowered(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_and_tell)
+    programs = Programs()
+    programs.compiler_options = COMPILED_IN_HASTE
+    quick, slow = (Recipe(doubled, (jnp.arange(2.0 + i),), {}, convolves=i == 1) for i in range(2))
+    for key, recipe in (("quick", quick), ("slow", slow)):
+        used.clear()
+        programs.compile({key: lambda recipe=recipe: recipe})
+        (options,) = used.values()
+        assert ("xla_gpu_autotune_level" in options) == (key == "quick")
+
+
+def test_a_result_for_the_host_is_the_same_where_the_device_is_the_host():
+    programs, x = Programs(), jnp.arange(3.0)
+    programs.compile({"key": lambda: Recipe(doubled, (x,), {}, to_host=True)})
+    assert programs.run("key", x).tolist() == [0, 2, 4]
