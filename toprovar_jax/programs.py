@@ -54,7 +54,7 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self.compiler_options = _COMPILED_FOR_SPEED
+        self.compiler_options = dict(_COMPILED_FOR_SPEED)
         self._compiled: dict[Hashable, Future[Any]] = {}
         self._tracing = threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
