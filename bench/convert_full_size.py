@@ -87,6 +87,8 @@ def main() -> None:
     architecture = ARCHITECTURES[values.model]
     levels = VAE_STRIDE_8 if architecture.patchify else VAE_STRIDE_16
     vae_config = VAEConfig(code_dim=architecture.code_dim, channel_multipliers=levels)
+    if values.work_dir is not None:
+        Path(values.work_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=values.work_dir) as folder:
         transformer, vae, out = (Path(folder) / name for name in ("transformer.pth", "vae.pth", "checkpoint"))
         write_official(infinity.Infinity, architecture, transformer, None, seed=0)
