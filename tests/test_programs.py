@@ -67,3 +67,9 @@ def test_convolutions_are_not_compiled_in_haste(monkeypatch):
         programs.compile({key: lambda recipe=recipe: recipe})
         (options,) = used.values()
         assert ("xla_gpu_autotune_level" in options) == (key == "quick")
+
+
+def test_a_result_for_the_host_is_the_same_where_the_device_is_the_host():
+    programs, x = Programs(), jnp.arange(3.0)
+    programs.compile({"key": lambda: Recipe(doubled, (x,), {}, to_host=True)})
+    assert programs.run("key", x).tolist() == [0, 2, 4]

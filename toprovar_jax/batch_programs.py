@@ -246,7 +246,7 @@ class _Builder:
     def _decode_recipe(self) -> Recipe:
         state, _ = self._start_shapes
         static = {"config": self._config.vae, "dtype": self._dtype}
-        return Recipe(decode_pixels, (self._params["vae"], state.code_map), static, convolves=True)
+        return Recipe(decode_pixels, (self._params["vae"], state.code_map), static, convolves=True, to_host=True)
 
     def _state_shapes(self, loop: LoopConfig, scale: int) -> LoopState:
         state: LoopState = jax.eval_shape(functools.partial(initial_state, loop, self._batch.size, scale))
