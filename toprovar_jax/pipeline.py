@@ -268,12 +268,13 @@ class InfinityPipeline:
                 "this checkpoint has no text encoder: convert again with --text_encoder, or pass text_features"
             )
         batch = self.tokenizer.encode(prompts, self.config.transformer.text_max_length)
-        tokens, mask = batch
+        tokens, mask = jax.device_put(tuple(batch))
         key = ("text", tokens.shape)
         params = self.params["text_encoder"]
         static = {"config": self.config.text_encoder, "dtype": self.dtype}
         seconds = self.programs.compile({key: lambda: Recipe(encode_text, (params, tokens, mask), static)})
-        return TextBatch(self.programs.run(key, params, tokens, mask), batch.lengths), seconds
+        features = self.programs.run(key, params, tokens, mask)
+        return TextBatch(features, batch.lengths, source=(tokens, mask)), seconds
 
 
 def reconstruct_pixels(

@@ -18,10 +18,12 @@ class TextBatch(NamedTuple):
     Attributes:
       features: text features.
       lengths: how many rows of each are real.
+      source: what the features are computed from on the device, to be kept there as long as they are.
     """
 
     features: Float[Array | np.ndarray, "batch text_tokens channels"]
     lengths: Int[np.ndarray, "batch"]
+    source: tuple[Array, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -39,7 +41,8 @@ class TextBatch(NamedTuple):
         """Every text `times` times in a row."""
         if times == 1:
             return self
-        return TextBatch(jnp.repeat(self.features, times, axis=0), np.repeat(self.lengths, times))
+        features = jnp.repeat(self.features, times, axis=0)
+        return self._replace(features=features, lengths=np.repeat(self.lengths, times))
 
 
 def pad_features(features: Any, config: InfinityConfig) -> TextBatch:
