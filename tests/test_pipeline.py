@@ -122,8 +122,9 @@ def test_negative_prompts_change_the_picture_and_one_serves_all_prompts():
 def test_the_functional_loop_equals_the_pipeline():
     """`scale_loop.sample` is one pure function; the pipeline runs the same steps one program at a time."""
     expected = generate("a cat", text_features=None, output_type="latent")
-    tokens, mask = tiny.pipeline().tokenizer.encode(["a cat"])
-    encoded = tiny.pipeline().programs.run(("text", tokens.shape), tiny.parameters()["text_encoder"], tokens, mask)
+    text = tiny.pipeline().tokenizer.encode(["a cat"])
+    key = ("text", text.tokens.shape)
+    encoded = tiny.pipeline().programs.run(key, tiny.parameters()["text_encoder"], *text)
     loop = scale_loop.LoopConfig(
         tiny.CONFIG.transformer, "float32", tuple(Grid(*pair) for pair in tiny.SCHEDULE), Grid(72, 54), guided=True
     )
@@ -132,7 +133,7 @@ def test_the_functional_loop_equals_the_pipeline():
     code_map, bits = sample(
         tiny.parameters()["transformer"],
         encoded,
-        mask.sum(1),
+        text.lengths,
         scale_loop.image_keys(np.zeros(1, np.uint32)),
         settings,
         loop=loop,

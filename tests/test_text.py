@@ -44,9 +44,8 @@ def test_prompts_are_padded_to_a_common_bucket_and_the_end_token_counts(tokenize
     second = [*_letters("a"), *_letters("b"), *_letters("fuzzy"), END]
     assert (len(first), len(second)) == (5, 11)
     np.testing.assert_array_equal(batch.tokens, [first + [PAD] * 27, second + [PAD] * 21])
-    np.testing.assert_array_equal(batch.mask, [[True] * 5 + [False] * 27, [True] * 11 + [False] * 21])
     np.testing.assert_array_equal(batch.lengths, [5, 11])
-    assert (batch.tokens.dtype, batch.mask.dtype, batch.lengths.dtype) == (np.int32, bool, np.int32)
+    assert batch.tokens.dtype == batch.lengths.dtype == np.int32
 
 
 def test_the_files_own_truncation_and_padding_are_switched_off():
@@ -140,10 +139,10 @@ def test_features_do_not_depend_on_the_padding_or_the_batch_and_are_zero_where_p
     batch = tokenizer.encode(["cab", "a b fuzzy"])
     features = encode(params, *batch)
     assert features.shape == (2, 32, 16)
-    assert not features[~batch.mask].any()
     for row, prompt in enumerate(["cab", "a b fuzzy"]):
         length = batch.lengths[row]
+        assert not features[row, length:].any()
         alone = tokenizer.encode([prompt])
         np.testing.assert_allclose(encode(params, *alone)[0, :length], features[row, :length], atol=1e-5)
-        unpadded = encode(params, alone.tokens[:, :length], alone.mask[:, :length])
+        unpadded = encode(params, alone.tokens[:, :length], alone.lengths)
         np.testing.assert_allclose(unpadded[0], features[row, :length], atol=1e-5)

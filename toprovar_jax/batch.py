@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8, UInt32
+from jaxtyping import Array, Float, UInt8, UInt32
 
 from toprovar_jax.pruning.policy import Policy
 from toprovar_jax.request import ScaleSettings
@@ -35,7 +35,7 @@ class Batch:
     text: TextBatch
     negative: TextBatch | None
     settings: ScaleSettings
-    seeds: UInt32[np.ndarray, "batch"]
+    seeds: UInt32[Array | np.ndarray, "batch"]
     forced_bits: tuple[UInt8[np.ndarray, "batch _height _width code_dim"] | None, ...]
     draws: tuple[Float[np.ndarray, "batch _tokens bits 2"] | None, ...]
     trace: bool

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from os import PathLike
 from typing import Any, SupportsIndex
 
@@ -32,7 +32,7 @@ from toprovar_jax.request import GridLike, Numbers
 from toprovar_jax.scale_loop import LoopConfig
 from toprovar_jax.schedule import ScaleSchedule, tokenizer_schedule
 from toprovar_jax.schedule import scale_schedule as tabulated_schedule
-from toprovar_jax.text import Tokenizer, encode_text
+from toprovar_jax.text import TokenBatch, Tokenizer, encode_text
 from toprovar_jax.text_batch import TextBatch, broadcast_negative, pad_features, pad_to_common_length
 
 
@@ -191,20 +191,26 @@ class InfinityPipeline:
         )
         with _explain_out_of_memory():
             started = time.perf_counter()
-            text, text_compile = self._encode("prompt", prompt, text_features)
-            negative, negative_compile = self._encode("negative_prompt", negative_prompt, negative_text_features)
-            if text is None:
+            prompts = self._read("prompt", prompt, text_features)
+            negatives = self._read("negative_prompt", negative_prompt, negative_text_features)
+            if prompts is None:
                 raise InputError("nothing to draw: pass a prompt, or text_features in its place")
+            if negatives is not None and not loop.guided:
+                raise InputError("a negative prompt needs guidance: set guidance_scale to another value than 1")
+            num_images = len(prompts.lengths) * images_per_prompt
+            # Everything that is put on the device stays there to the end of the image. Where a buffer is freed
+            # meanwhile, later ones may be at other addresses than in the image before, and to rewrite a program's
+            # CUDA graph for them takes the host 1.6 ms.
+            prompts, negatives, seeds = jax.device_put(
+                (prompts, negatives, request.resolve_seeds(seed, num_images))
+            )
+            text, text_compile = self._encode(prompts)
+            negative, negative_compile = (None, 0.0) if negatives is None else self._encode(negatives)
             if negative is not None:
-                if not loop.guided:
-                    raise InputError(
-                        "a negative prompt needs guidance: set guidance_scale to another value than 1"
-                    )
                 negative = broadcast_negative(negative, len(text.lengths))
                 text, negative = pad_to_common_length(text, negative)
                 negative = negative.repeated(images_per_prompt)
             text = text.repeated(images_per_prompt)
-            num_images = len(text.lengths)
             text_seconds = time.perf_counter() - started - text_compile - negative_compile
             batch = Batch(
                 loop=loop,
@@ -212,7 +218,7 @@ class InfinityPipeline:
                 text=text,
                 negative=negative,
                 settings=settings,
-                seeds=request.resolve_seeds(seed, num_images),
+                seeds=seeds,
                 forced_bits=request.resolve_forced_bits(
                     forced_bits, loop.code_grids, num_images, transformer.code_dim
                 ),
@@ -256,25 +262,28 @@ class InfinityPipeline:
             )
             return to_images(np.asarray(self.programs.run(key, self.params["vae"], fitted)))[0]
 
-    def _encode(self, name: str, prompt: Any, features: Any) -> tuple[TextBatch | None, float]:
-        """Given features, or else those of prompts, and the seconds that compiling for them took."""
+    def _read(self, name: str, prompt: Any, features: Any) -> TokenBatch | TextBatch | None:
+        """Given features, or else the tokens of prompts."""
         if features is not None:
-            return pad_features(features, self.config.transformer), 0.0
+            return pad_features(features, self.config.transformer)
         if prompt is None:
-            return None, 0.0
+            return None
         prompts = request.resolve_texts(name, prompt)
         if self.config.text_encoder is None or self.tokenizer is None:
             raise InputError(
                 "this checkpoint has no text encoder: convert again with --text_encoder, or pass text_features"
             )
-        batch = self.tokenizer.encode(prompts, self.config.transformer.text_max_length)
-        tokens, mask = jax.device_put(tuple(batch))
-        key = ("text", tokens.shape)
-        params = self.params["text_encoder"]
-        static = {"config": self.config.text_encoder, "dtype": self.dtype}
-        seconds = self.programs.compile({key: lambda: Recipe(encode_text, (params, tokens, mask), static)})
-        features = self.programs.run(key, params, tokens, mask)
-        return TextBatch(features, batch.lengths, source=(tokens, mask)), seconds
+        return self.tokenizer.encode(prompts, self.config.transformer.text_max_length)
+
+    def _encode(self, text: TokenBatch | TextBatch) -> tuple[TextBatch, float]:
+        """Features of a text, and the seconds that compiling for them took."""
+        if isinstance(text, TextBatch):
+            return text, 0.0
+        key = ("text", text.tokens.shape)
+        arguments = self.params["text_encoder"], *text
+        static: dict[str, Hashable] = {"config": self.config.text_encoder, "dtype": self.dtype}
+        seconds = self.programs.compile({key: lambda: Recipe(encode_text, arguments, static)})
+        return TextBatch(self.programs.run(key, *arguments), text.lengths), seconds
 
 
 def reconstruct_pixels(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int, Int32
 
 from toprovar_jax.config import T5Config
 from toprovar_jax.errors import InputError
@@ -44,16 +44,11 @@ class TokenBatch(NamedTuple):
 
     Attributes:
       tokens: vocabulary indices, 0 where padded.
-      mask: which tokens are real; the end-of-sequence token is.
+      lengths: how many tokens of each prompt are real; the end-of-sequence token is.
     """
 
-    tokens: Int32[np.ndarray, "batch tokens"]
-    mask: Bool[np.ndarray, "batch tokens"]
-
-    @property
-    def lengths(self) -> Int32[np.ndarray, "batch"]:
-        """Real tokens of each prompt."""
-        return self.mask.sum(axis=1, dtype=np.int32)
+    tokens: Int32[Array | np.ndarray, "batch tokens"]
+    lengths: Int32[Array | np.ndarray, "batch"]
 
 
 class Tokenizer:
@@ -118,16 +113,16 @@ class Tokenizer:
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"the model does not know {words}; it knows {self._knows}", stacklevel=2)
         lengths = np.array([len(row) for row in rows], np.int32)
-        mask = np.arange(text_bucket(int(lengths.max()))) < lengths[:, None]
-        tokens = np.zeros(mask.shape, np.int32)
-        tokens[mask] = np.concatenate(rows)
-        return TokenBatch(tokens, mask)
+        tokens = np.zeros((len(rows), text_bucket(int(lengths.max()))), np.int32)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
+        return TokenBatch(tokens, lengths)
 
 
 def encode_text(
     params: Parameters,
     tokens: Int[Array, "batch tokens"],
-    mask: Bool[Array, "batch tokens"],
+    lengths: Int[Array, "batch"],
     *,
     config: T5Config,
     dtype: DTypeLike,
@@ -137,9 +132,10 @@ def encode_text(
     Args:
       params: the text encoder's parameters.
       tokens: vocabulary indices.
-      mask: which tokens are real.
+      lengths: how many tokens of each text are real.
       config: the text encoder.
       dtype: float32 or bfloat16, the policy that the parameters were loaded for.
     """
+    mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
     features = bind(T5Encoder, config, dtype, params)(tokens, mask)
     return jnp.where(mask[..., None], features, 0)

@@ -18,12 +18,10 @@ class TextBatch(NamedTuple):
     Attributes:
       features: text features.
       lengths: how many rows of each are real.
-      source: what the features are computed from on the device, to be kept there as long as they are.
     """
 
     features: Float[Array | np.ndarray, "batch text_tokens channels"]
-    lengths: Int[np.ndarray, "batch"]
-    source: tuple[Array, ...] = ()
+    lengths: Int[Array | np.ndarray, "batch"]
 
     @property
     def text_tokens(self) -> int:
@@ -41,8 +39,7 @@ class TextBatch(NamedTuple):
         """Every text `times` times in a row."""
         if times == 1:
             return self
-        features = jnp.repeat(self.features, times, axis=0)
-        return self._replace(features=features, lengths=np.repeat(self.lengths, times))
+        return TextBatch(jnp.repeat(self.features, times, axis=0), jnp.repeat(self.lengths, times))
 
 
 def pad_features(features: Any, config: InfinityConfig) -> TextBatch:
