@@ -53,7 +53,7 @@ def stage_floors(
     decoder_flops = batch * decoder_work(params["vae"]["decoder"], grid.size)
     seconds = {
         "text encoder": max(encoder_flops / roofs.products, _num_bytes(encoder) / roofs.bandwidth),
-        "context": max(cost.text().total / roofs.products, _num_bytes(context) / roofs.bandwidth),
+        "start": max(cost.text().total / roofs.products, _num_bytes(context) / roofs.bandwidth),
         **{f"scale {scale}": cost.floor_seconds(scale, roofs) for scale in range(len(plan.scales))},
         "decoder": decoder_flops / roofs.products,
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels.attention import reference
 from toprovar_jax.batch import Batch
-from toprovar_jax.batch_programs import BatchPrograms, Recipes, batch_programs
+from toprovar_jax.batch_programs import BatchPrograms, Recipes, batch_programs, program_parameters
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
@@ -138,4 +138,4 @@ class Counter:
             trace=False,
             decode=False,
         )
-        return batch_programs(self._config, self._params, loop.dtype, batch)
+        return batch_programs(self._config, program_parameters(self._params), loop.dtype, batch)

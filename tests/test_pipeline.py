@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from toprovar_jax import InputError, request, scale_loop
+from toprovar_jax import InputError, checkpoint, request, scale_loop
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.schedule import Grid
@@ -417,3 +417,14 @@ def test_out_of_device_memory_is_explained(monkeypatch):
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning():
     with pytest.warns(UserWarning, match="the prompt has 41 tokens and the text encoder reads 32"):
         generate("cat " * 40)
+
+
+def test_programs_share_no_parameters_but_those_of_cross_attention():
+    parameters = tiny.parameters()["transformer"]
+    parts = scale_loop.context_parameters(parameters), scale_loop.scale_parameters(parameters)
+    text, scales = (
+        {name for name, leaf in checkpoint.flatten(part).items() if leaf is not None} for part in parts
+    )
+    assert text | scales == set(checkpoint.flatten(parameters))
+    shared = {tuple(name.split("/")[2:-1]) for name in text & scales}
+    assert shared == {("cross_attention", "query"), ("cross_attention", "output")}

@@ -19,11 +19,13 @@ from toprovar_jax.pruning.policy import Policy
 from toprovar_jax.scale_loop import (
     LoopConfig,
     LoopState,
+    context_parameters,
     draw_all_scales,
     drop_unconditional_rows,
     encode_context,
     image_keys,
     initial_state,
+    scale_parameters,
     scale_step,
 )
 from toprovar_jax.schedule import ScaleSchedule
@@ -59,14 +61,12 @@ class BatchPrograms:
     """Keys of the programs that a kind of batch may run.
 
     Attributes:
-      context: projects the text.
-      start: makes the first state, and the draws of every scale.
+      start: projects the text, and makes the first state and the draws of every scale.
       decode: makes pixels; None for batches that are not decoded.
       first_plan: the plan that a run starts with.
       scales: by plan, the programs of the scales that it runs.
     """
 
-    context: Hashable
     start: Hashable
     decode: Hashable | None
     first_plan: Plan
@@ -76,10 +76,26 @@ class BatchPrograms:
 Recipes = dict[Hashable, Callable[[], Recipe]]
 
 
+def program_parameters(params: dict[str, Parameters]) -> dict[str, Parameters]:
+    """What the programs of a batch take of a checkpoint's parameters: "text", "scales" and "vae"."""
+    transformer = params["transformer"]
+    return {
+        "text": context_parameters(transformer),
+        "scales": scale_parameters(transformer),
+        "vae": params["vae"],
+    }
+
+
 def batch_programs(
     config: CheckpointConfig, params: dict[str, Parameters], dtype: str, batch: Batch
 ) -> tuple[BatchPrograms, Recipes]:
     """The programs that batches like this one may run, and how to compile each.
+
+    Args:
+      config: the checkpoint's models.
+      params: their parameters, or shapes of them, as from `program_parameters`.
+      dtype: "float32" or "bfloat16".
+      batch: what to generate.
 
     Raises:
       InputError: the batch's policy cannot apply to it.
@@ -99,14 +115,10 @@ class _Builder:
         # Every plan must find room in the same cache, and programs must not depend on the rest of their plan.
         self._loop = dataclasses.replace(batch.loop, cache_capacities=tuple(map(max, capacities)))
         self._shape = (self._loop, batch.size, batch.text.text_tokens)
-        self._start = Recipe(_start, (batch.seeds,), {"loop": self._loop})
-        self._context = Recipe(
-            encode_context, (params["transformer"], *batch.context_arguments), {"loop": batch.loop}
-        )
+        self._start = Recipe(_start, (params["text"], batch.seeds, *batch.context_arguments), {"loop": self._loop})
         self.recipes: Recipes = {}
         self.programs = BatchPrograms(
-            context=self._add("context", self._shape, batch.negative is None, recipe=lambda: self._context),
-            start=self._add("start", self._loop, batch.size, recipe=lambda: self._start),
+            start=self._add("start", self._shape, batch.negative is None, recipe=lambda: self._start),
             first_plan=plans[0],
             scales={
                 plan: {scale: self._scale_programs(plan, scale) for scale in plan.executed_scales}
@@ -118,12 +130,8 @@ class _Builder:
         )
 
     @functools.cached_property
-    def _start_shapes(self) -> tuple[LoopState, tuple[jax.ShapeDtypeStruct, ...]]:
+    def _start_shapes(self) -> tuple[TextContext, LoopState, tuple[jax.ShapeDtypeStruct, ...]]:
         return self._start.output_shapes()
-
-    @functools.cached_property
-    def _context_shapes(self) -> TextContext:
-        return self._context.output_shapes()
 
     def _add(self, *key: Hashable, recipe: Callable[[], Recipe]) -> Hashable:
         self.recipes[key] = recipe
@@ -182,8 +190,7 @@ class _Builder:
 
     def _scale_recipe(self, loop: LoopConfig, scale: int, entropy_layers: tuple[int, ...]) -> Recipe:
         batch, step = self._batch, loop.step(scale)
-        _, draws = self._start_shapes
-        context = self._context_shapes
+        context, _, draws = self._start_shapes
         if loop.guided and not step.guided:
             context = _with_rows(context, batch.size)
         scores = None
@@ -192,7 +199,7 @@ class _Builder:
         return Recipe(
             scale_step,
             (
-                self._params["transformer"],
+                self._params["scales"],
                 self._state_shapes(loop, scale),
                 context,
                 draws[scale],
@@ -212,7 +219,8 @@ class _Builder:
     def _cut_recipe(self, loop: LoopConfig, scale: int) -> Recipe:
         state = self._state_shapes(loop, scale)
         cache, saved = _with_rows((state.cache, state.saved), 2 * self._batch.size)
-        arguments = (cache, saved, self._context_shapes)
+        context, *_ = self._start_shapes
+        arguments = (cache, saved, context)
         return Recipe(drop_unconditional_rows, arguments, {"batch": self._batch.size})
 
     def _scores_recipe(self, loop: LoopConfig, scale: int) -> Recipe:
@@ -244,7 +252,7 @@ class _Builder:
         )
 
     def _decode_recipe(self) -> Recipe:
-        state, _ = self._start_shapes
+        _, state, _ = self._start_shapes
         static = {"config": self._config.vae, "dtype": self._dtype}
         return Recipe(decode_pixels, (self._params["vae"], state.code_map), static, convolves=True, to_host=True)
 
@@ -270,9 +278,10 @@ def decode_pixels(
 
 
 def _start(
-    seeds: UInt32[Array, "batch"], *, loop: LoopConfig
-) -> tuple[LoopState, tuple[Float[Array, "batch _tokens bits 2"], ...]]:
-    return initial_state(loop, seeds.shape[0]), draw_all_scales(image_keys(seeds), loop)
+    params: Parameters, seeds: UInt32[Array, "batch"], *text: Array, loop: LoopConfig
+) -> tuple[TextContext, LoopState, tuple[Float[Array, "batch _tokens bits 2"], ...]]:
+    context = encode_context(params, *text, loop=loop)
+    return context, initial_state(loop, seeds.shape[0]), draw_all_scales(image_keys(seeds), loop)
 
 
 def _scores(

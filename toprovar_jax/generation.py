@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from toprovar_jax.batch import Batch
-from toprovar_jax.batch_programs import BatchPrograms, Entropies, batch_programs
+from toprovar_jax.batch_programs import BatchPrograms, Entropies, batch_programs, program_parameters
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.models.skeleton import Parameters
 from toprovar_jax.output import PipelineOutput, ScaleTrace, Timings, Trace
@@ -37,7 +37,7 @@ class Generator:
 
     def __init__(self, config: CheckpointConfig, params: dict[str, Parameters], dtype: str, programs: Programs):
         self._config = config
-        self._params = params
+        self._params = program_parameters(params)
         self._dtype = dtype
         self._programs = programs
         self._ready: dict[Hashable, BatchPrograms] = {}
@@ -66,8 +66,7 @@ class Generator:
         run = self._programs.run
 
         started = time.perf_counter()
-        context = run(programs.context, self._params["transformer"], *batch.context_arguments)
-        state, draws = run(programs.start, batch.seeds)
+        context, state, draws = run(programs.start, self._params["text"], batch.seeds, *batch.context_arguments)
 
         settings = self._settings_on_device(batch)
         scales = _ScaleLoop(self._programs, self._params, programs, batch, settings, context, draws, state)
@@ -178,7 +177,7 @@ class _ScaleLoop:
             )
         self.state, output = run(
             programs.run,
-            self._params["transformer"],
+            self._params["scales"],
             self.state,
             self._context,
             self._draws[scale] if batch.draws[scale] is None else batch.draws[scale],

@@ -128,6 +128,32 @@ def draw_all_scales(
     return draws
 
 
+def context_parameters(params: Parameters) -> Parameters:
+    """The transformer's parameters with None in place of those that `encode_context` does not read.
+
+    To hand one to a program costs a GPU's host half a microsecond, and there are hundreds.
+    """
+    blocks = {
+        layer: _without(block, "self_attention", "cross_norm", "mlp") for layer, block in params["blocks"].items()
+    }
+    return _without(params, "start_position", "word_embedding", "level_embedding", "head") | {"blocks": blocks}
+
+
+def scale_parameters(params: Parameters) -> Parameters:
+    """The transformer's parameters with None in place of those that `scale_step` does not read."""
+    blocks = {
+        layer: _without(block, "modulation")
+        | {"cross_attention": _without(block["cross_attention"], "key_value", "value_bias")}
+        for layer, block in params["blocks"].items()
+    }
+    text = ("unconditional_features", "text_norm", "text_pool", "text_projection")
+    return _without(params, *text, "shared_modulation", "head_modulation") | {"blocks": blocks}
+
+
+def _without(params: Parameters, *names: str) -> Parameters:
+    return {key: jax.tree.map(lambda _: None, x) if key in names else x for key, x in params.items()}
+
+
 def encode_context(
     params: Parameters,
     features: Float[Array, "batch text_tokens channels"],
