@@ -1,6 +1,7 @@
 """The Hopper kernel as far as a CPU can prove it: interpreted against float64, and lowered for an H200."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -13,6 +14,7 @@ from bench.attention_checks import errors, float64_attention, inputs, require
 from pallas_kernels import AttentionResult, flash_attention_entropy
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.mosaic_gpu import BlockSizes, block_sizes
+from pallas_kernels.attention.tiles import deal
 from toprovar_jax.schedule import ASPECT_RATIOS, scale_schedule
 
 # jax 0.10's interpreter refuses tiles that run past the end of an array, which a GPU fills with zeros.
@@ -23,11 +25,12 @@ else:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 
-def interpreted(arrays, *, scale, kv_length, blocks, return_entropy=True):
+def interpreted(arrays, *, scale, kv_length, blocks, more_length=0, return_entropy=True):
     result = mosaic_gpu.attention(
         *arrays,
         scale=scale,
         kv_length=kv_length,
+        more_length=more_length,
         return_entropy=return_entropy,
         blocks=BlockSizes(*blocks),
         interpret=InterpretGPUParams(),
@@ -56,6 +59,51 @@ def test_interpreted_kernel_agrees_with_float64(case):
     arrays = (query, key[:, :, :kv_heads], value[:, :, :kv_heads])
     result = interpreted(arrays, scale=scale, kv_length=kv_length, blocks=blocks)
     require(errors(result, arrays, scale, kv_length, np.arange(q_tokens), heads - 1), str(case))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "kv_length", "more_length"),
+    [(128, 70, 104), (64, 50, 20)],
+    ids=["both end in the first tile", "one ends in the first tile and one in the last"],
+)
+def test_interpreted_kernel_reads_two_pairs_of_keys_and_values(capacity, kv_length, more_length):
+    query, key, value = inputs(0, 1, 64, 1, 16, 2 * capacity)
+    pairs = [(x[:, :capacity], x[:, capacity:]) for x in (key, value)]
+    (cached, new), (cached_value, new_value) = pairs
+    result = interpreted(
+        (query, cached, cached_value, new, new_value),
+        scale=10.0,
+        kv_length=kv_length,
+        more_length=more_length,
+        blocks=(1, 64, 2),
+    )
+    joined = [jnp.concatenate([x[:, :kv_length], y[:, :more_length]], axis=1) for x, y in pairs]
+    require(errors(result, (query, *joined), 10.0, kv_length + more_length, np.arange(64), 0), "two pairs")
+
+
+@pytest.mark.parametrize("block_kv", [64, 128, 192])
+def test_every_token_of_two_pairs_lies_in_one_tile(block_kv):
+    lengths = (1, 7, 8, 41, 57, 63, 64, 127, 128, 185, 191, 192, 193, 6425)
+    for kv_length, more_length in itertools.product(lengths, (0, *lengths)):
+        tiles = deal(kv_length, more_length, block_kv)
+        rows = {
+            step: [(run.pair, (step - run.start) * block_kv + row) for row in range(block_kv)]
+            for run in tiles.runs
+            for step in range(run.start, run.stop)
+        }
+        if tiles.tail:
+            rows[tiles.steps - 1] = rows[tiles.steps - 1][: tiles.tail]
+        if ends := tiles.ends:
+            assert ends.valid <= ends.more_row <= block_kv
+            assert ends.more_row % 8 == ends.token % block_kv == ends.more_token % block_kv == 0
+            assert 0 not in rows
+            rows[0] = [(0, ends.token + row) for row in range(ends.valid)]
+            rows[0] += [(1, ends.more_token + row) for row in range(ends.more_valid - ends.more_row)]
+        assert sorted(rows) == list(range(tiles.steps))
+        expected = [(0, token) for token in range(kv_length)] + [(1, token) for token in range(more_length)]
+        assert sorted(itertools.chain(*rows.values())) == expected
+        whole_groups = kv_length + -kv_length % 8 if more_length else kv_length
+        assert tiles.steps == math.ceil((whole_groups + more_length) / block_kv)
 
 
 def test_interpreted_kernel_without_entropy():
@@ -114,6 +162,16 @@ def test_every_scale_of_the_models_lowers_to_the_kernel(heads, head_dim, pixels,
         assert "stablehlo.dot_general" not in text
         padded = "stablehlo.pad" in text
         assert padded == (q_tokens % 8 != 0), "only a ragged query is copied, never the cache"
+
+
+@pytest.mark.parametrize("heads", [16, 28])
+def test_the_last_scale_reads_the_cache_and_its_own_tokens_where_they_are(heads):
+    (_, kv_length), (q_tokens, _) = scales(1.0)[-2:]
+    call = functools.partial(flash_attention_entropy, scale=1.0, kv_length=kv_length, more_length=q_tokens)
+    new, cache = (2, q_tokens, heads, 128), (2, kv_length + -kv_length % 8, heads, 128)
+    text = lowered(call, new, cache, cache, new, new)
+    assert holds_the_kernel(text)
+    assert not any(f"stablehlo.{name}" in text for name in ("pad", "concatenate", "slice", "dynamic_update_slice"))
 
 
 @pytest.mark.parametrize("head_dim", [48, 64, 80, 96, 112, 160, 192, 256])

@@ -59,6 +59,23 @@ def test_any_shape_agrees_with_float64_and_with_plain_softmax_attention(
     np.testing.assert_allclose(result.output, plain, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kv_length", "more_length"), [(1, 1), (41, 64), (1025, 37), (30, None)])
+def test_two_pairs_of_keys_and_values_are_one_longer_pair(kv_length, more_length):
+    query, key, value = inputs(8, 2, 24, 2, 16, kv_length + 80, jnp.float32)
+    # What lies past the valid lengths must not matter.
+    pairs = [
+        (jnp.pad(x[:, :kv_length], ((0, 0), (0, 5), (0, 0), (0, 0)), constant_values=jnp.nan), x[:, kv_length:])
+        for x in (key, value)
+    ]
+    (cached, new), (cached_value, new_value) = pairs
+    attend = functools.partial(flash_attention_entropy, kv_length=kv_length, more_length=more_length)
+    result = jax.jit(attend)(query, cached, cached_value, new, new_value)
+    total = kv_length + (more_length or 80)
+    require(errors(result, (query, key, value), 0.25, total, np.arange(24), 1), "two pairs")
+    one_pair = jax.jit(functools.partial(flash_attention_entropy, kv_length=total))(query, key, value)
+    jax.tree.map(np.testing.assert_array_equal, result, one_pair)
+
+
 def test_every_short_key_count():
     query, key, value = inputs(1, 1, 4, 2, 8, 300, jnp.float32)
     for kv_length in (*range(1, 10), 63, 64, 65, 300):
@@ -181,11 +198,14 @@ def test_gradients_are_refused(argument, return_entropy):
     np.testing.assert_array_equal(stopped, 1.0)
 
 
-def call(query=(2, 4, 4, 16), key=(2, 8, 4, 16), value=None, dtype=jnp.bfloat16, key_dtype=None, **options):
+def call(
+    query=(2, 4, 4, 16), key=(2, 8, 4, 16), value=None, dtype=jnp.bfloat16, key_dtype=None, more=(), **options
+):
     arrays = [
         jnp.ones(query, dtype),
         jnp.ones(key, key_dtype or dtype),
         jnp.ones(value or key, key_dtype or dtype),
+        *(jnp.ones(shape, dtype) for shape in more),
     ]
     return flash_attention_entropy(*arrays, **options)
 
@@ -205,6 +225,14 @@ def call(query=(2, 4, 4, 16), key=(2, 8, 4, 16), value=None, dtype=jnp.bfloat16,
         ({"kv_length": 0}, ValueError, "kv_length 0 must lie between 1 and the capacity 8"),
         ({"kv_length": 4.0}, TypeError, "kv_length must be a Python int, got float"),
         ({"kv_length": True}, TypeError, "kv_length must be a Python int, got bool"),
+        ({"more": [(2, 5, 4, 16)]}, ValueError, "more_key and more_value go together, and more_length with them"),
+        ({"more_length": 3}, ValueError, "more_key and more_value go together, and more_length with them: give"),
+        ({"more": [(2, 5, 4, 16)] * 2, "more_length": 6}, ValueError,
+         "more_length 6 must lie between 1 and the capacity 5 of more_key and more_value"),
+        ({"more": [(2, 5, 4, 16)] * 2, "more_length": 5.0}, TypeError, "more_length must be a Python int, got"),
+        ({"more": [(2, 5, 4, 16), (2, 6, 4, 16)]}, ValueError, "more_key and more_value must have one shape"),
+        ({"more": [(2, 5, 4, 8)] * 2}, ValueError, "query has head_dim 16 but more_key has head_dim 8"),
+        ({"more": [(2, 5, 2, 16)] * 2}, ValueError, "key has 4 heads but more_key has 2"),
         ({"scale": -1.0}, ValueError, "scale must be finite and not negative, got -1.0"),
         ({"scale": math.nan}, ValueError, "scale must be finite and not negative, got nan"),
         ({"implementation": "triton"}, ValueError, "unknown implementation 'triton': choose one of 'mosaic_gpu'"),

@@ -202,20 +202,14 @@ class Attended(NamedTuple):
     Attributes:
       cache: the layer's cache, with the new tokens if it has room for them.
       entropy: mean over heads of every token's attention entropy, in nats; None where it was not asked for.
-      room: where all keys and values were put together, for the next layer to use; None where the cache had room.
     """
 
     cache: KeyValue
     entropy: Float[Array, "rows tokens"] | None
-    room: KeyValue | None
 
 
 def append_and_attend(
-    cache: KeyValue,
-    length: int,
-    padding: int = 0,
-    return_entropy: bool = False,
-    room: KeyValue | None = None,
+    cache: KeyValue, length: int, padding: int = 0, return_entropy: bool = False
 ) -> Attend[Attended]:
     """Attention of one scale's tokens to a cache that already holds `length` of them, and to themselves.
 
@@ -227,9 +221,8 @@ def append_and_attend(
       length: how many tokens they are.
       padding: how many of the new tokens, at their end, only fill up; nothing attends to them.
       return_entropy: whether to report the attention's entropy.
-      room: what the layer before left to put keys and values together in.
     """
-    return Partial(_AppendAndAttend(length, padding, return_entropy), cache, room)
+    return Partial(_AppendAndAttend(length, padding, return_entropy), cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,42 +231,21 @@ class _AppendAndAttend:
     padding: int
     return_entropy: bool
 
-    def __call__(
-        self, cache: KeyValue, room: KeyValue | None, query: Array, key: Array, value: Array
-    ) -> tuple[Array, Attended]:
-        capacity, kv_length = cache.key.shape[1], self.length + query.shape[1] - self.padding
-        assert self.length <= capacity, "the scale before had no room in the cache"
-        if self.length + query.shape[1] > capacity:
-            new_tokens = query.shape[1] - self.padding
-            key, value = key[:, :new_tokens], value[:, :new_tokens]
-        if kv_length <= capacity:
-            cache = attended = KeyValue(self._append(cache.key, key), self._append(cache.value, value))
+    def __call__(self, cache: KeyValue, query: Array, key: Array, value: Array) -> tuple[Array, Attended]:
+        room, new_tokens = cache.key.shape[1] - self.length, query.shape[1] - self.padding
+        assert room >= 0, "the scale before had no room in the cache"
+        attend = functools.partial(flash_attention_entropy, query, scale=1.0, return_entropy=self.return_entropy)
+        if new_tokens <= room:
+            cache = KeyValue(self._append(cache.key, key[:, :room]), self._append(cache.value, value[:, :room]))
+            output, entropy, _ = attend(*cache, kv_length=self.length + new_tokens)
+        elif self.length:
+            output, entropy, _ = attend(*cache, key, value, kv_length=self.length, more_length=new_tokens)
         else:
-            rooms = (None, None) if room is None else room
-            cached_and_new = zip(rooms, cache, (key, value), strict=True)
-            attended = KeyValue(*(self._append(self._longer(*x), x[2]) for x in cached_and_new))
-        output, entropy, _ = flash_attention_entropy(
-            query, *attended, scale=1.0, kv_length=kv_length, return_entropy=self.return_entropy
-        )
-        entropy = None if entropy is None else jnp.mean(entropy, axis=1)
-        if kv_length <= capacity:
-            return output, Attended(cache, entropy, None)
-        # So that the next layer writes there after this one has read it, and needs no copy.
-        output, room = jax.lax.optimization_barrier((output, attended))
-        return output, Attended(cache, entropy, room)
+            output, entropy, _ = attend(key, value, kv_length=new_tokens)
+        return output, Attended(cache, None if entropy is None else jnp.mean(entropy, axis=1))
 
     def _append(self, held: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(held, new, self.length, axis=1)
-
-    def _longer(self, room: Array | None, cached: Array, new: Array) -> Array:
-        cached, end = cached[:, : self.length], self.length + new.shape[1]
-        if room is None or room.shape[1] < end:
-            end += -end % 8  # attention wants a multiple of 8: saves another copy there
-            longer = jnp.pad(cached, ((0, 0), (0, end - self.length), (0, 0), (0, 0)))
-        else:
-            longer = jax.lax.dynamic_update_slice_in_dim(room, cached, 0, axis=1)
-        # Held, or XLA for GPUs makes one kernel of both pieces, which takes three times as long as two.
-        return jax.lax.optimization_barrier(longer)
 
 
 def attend_scale_by_scale(schedule: ScaleSchedule) -> Attend[None]:

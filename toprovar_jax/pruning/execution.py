@@ -16,7 +16,6 @@ from toprovar_jax.models.infinity import (
     Attended,
     Cache,
     Infinity,
-    KeyValue,
     Rotation,
     TextContext,
     append_and_attend,
@@ -149,7 +148,6 @@ class _Execution:
         self._scores = {} if scores is None else dict(zip(step.scored_runs, scores, strict=True))
         self._sources = _entropy_sources(step)
         self._entropy_layers = {*entropy_layers, *self._sources.values()}
-        self._room: KeyValue | None = None
         self.cache = list(cache)
         self.saved: Updates = {}
         self.kept: dict[Span, Array] = {}
@@ -245,14 +243,14 @@ class _Execution:
     def _attend(self, layer: int, choice: TokenChoice | None = None) -> Attend[Attended]:
         length = self._step.cache_lengths[layer]
         padding = self._padding if choice is None else choice.padding
-        return append_and_attend(self.cache[layer], length, padding, layer in self._entropy_layers, self._room)
+        return append_and_attend(self.cache[layer], length, padding, layer in self._entropy_layers)
 
     def _rotation_of(self, choice: TokenChoice) -> Rotation:
         cos, sin = self._rotation
         return choice.take_shared(cos), choice.take_shared(sin)
 
     def _record(self, layer: int, attended: Attended, choice: TokenChoice | None = None) -> None:
-        self.cache[layer], self._room = attended.cache, attended.room
+        self.cache[layer] = attended.cache
         if (entropy := attended.entropy) is not None:
             self.entropy[layer] = entropy if choice is None else choice.put_back(entropy, jnp.nan)
 
