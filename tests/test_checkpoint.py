@@ -109,14 +109,20 @@ def test_bfloat16_is_stored_by_the_precision_policy(original, tmp_path):
     assert sum(f.size for f in manifest.files) < 0.8 * sum(f.size for f in load_manifest(original).files)
 
 
-def test_jax_arrays_and_views_can_be_saved(tmp_path):
-    parameters = random_parameters(WITHOUT_TEXT)
-    parameters["vae"] = jax.tree.map(jnp.asarray, parameters["vae"])
-    parameters["transformer"] = jax.tree.map(lambda x: np.asfortranarray(x)[...], parameters["transformer"])
-    manifest = checkpoint.save(tmp_path / "out", WITHOUT_TEXT, parameters, dtype="float32")
-    assert manifest == load_manifest(tmp_path / "out")
-    assert checkpoint.load_tokenizer(tmp_path / "out") is None
-    assert_loads(tmp_path / "out", "float32", parameters)
+def test_jax_arrays_views_and_columns_can_be_saved(tmp_path):
+    parameters = {
+        "vae": jax.tree.map(jnp.asarray, PARAMETERS["vae"]),
+        "transformer": jax.tree.map(lambda x: np.asfortranarray(x)[...], PARAMETERS["transformer"]),
+        "text_encoder": jax.tree.map(
+            lambda x: checkpoint.Columns([x[..., :1], x[..., 1:2].astype(np.float64), x[..., 2:]]),
+            PARAMETERS["text_encoder"],
+        ),
+    }
+    for dtype in ("float32", "bfloat16"):
+        manifest = checkpoint.save(tmp_path / dtype, CONFIG, parameters, dtype=dtype)
+        assert manifest == load_manifest(tmp_path / dtype)
+        assert checkpoint.load_tokenizer(tmp_path / dtype) is None
+        assert_loads(tmp_path / dtype, "float32", PARAMETERS, stored=dtype)
 
 
 def test_data_are_cut_into_files_that_a_repository_takes(tmp_path):

@@ -11,6 +11,7 @@ nothing loads without it. A folder is written under another name and moved into 
 """
 
 import importlib.metadata
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,24 @@ _FINISHED_NAME = "commit_success.txt"
 _WRITE_BATCH_BYTES = 256 * 2**20
 _DATA_FILE_BYTES = 8 * 2**20  # a file holds this and up to one more array: repositories want small files
 _READ_CONCURRENT_GB = 2
+
+
+class Columns:
+    """A parameter whose columns lie in several arrays, which are put side by side when it is written.
+
+    Args:
+      arrays: of one shape but for the last axis; where their floating types differ, they become float64.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        first, *others = self.arrays = tuple(arrays)
+        self.shape = (*first.shape[:-1], sum(array.shape[-1] for array in arrays))
+        self.dtype = first.dtype if all(array.dtype == first.dtype for array in others) else np.dtype(np.float64)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """NumPy's protocol: a new array in memory."""
+        return np.concatenate(self.arrays, axis=-1, dtype=self.dtype if dtype is None else dtype)
 
 
 def skeleton(config: CheckpointConfig, component: Component, dtype: DTypeLike) -> Parameters:
@@ -110,7 +129,7 @@ def save(
     Args:
       directory: the folder to make; missing parents are made.
       config: configurations of the components in `parameters`.
-      parameters: per component, numpy or jax arrays in the structure and shapes of `skeleton`.
+      parameters: per component, numpy or jax arrays or `Columns` in the structure and shapes of `skeleton`.
       dtype: precision policy to store, float32 or bfloat16; leaves are cast to the skeleton's dtypes.
       tokenizer: text of the text encoder's tokenizer.json.
       sources: files that the parameters come from, for the record.
@@ -225,7 +244,7 @@ class _BatchedNumpyHandler(type_handlers.NumpyHandler):
 
     async def serialize(
         self,
-        values: Sequence[np.ndarray],
+        values: Sequence[np.ndarray | Columns],
         infos: Sequence[Any],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[ocp.future.Future]:
@@ -235,15 +254,18 @@ class _BatchedNumpyHandler(type_handlers.NumpyHandler):
             size += value.nbytes
             if size >= _WRITE_BATCH_BYTES or index == len(values) - 1:
                 batch = slice(start, index + 1)
-                for commit in await super().serialize(values[batch], infos[batch], args[batch]):
+                arrays = [np.asarray(value) for value in values[batch]]
+                for commit in await super().serialize(arrays, infos[batch], args[batch]):
                     commit.result()
                 start, size = index + 1, 0
         return []
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Nothing changes the arrays before they are written, so that orbax need not copy them.
+    host_handler = _BatchedNumpyHandler(deepcopy_host_arrays=False)
     registry = type_handlers.create_type_handler_registry(
-        (jax.Array, type_handlers.ArrayHandler()), (np.ndarray, _BatchedNumpyHandler())
+        (jax.Array, type_handlers.ArrayHandler()), (np.ndarray, host_handler), (Columns, host_handler)
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, restore_concurrent_gb=_READ_CONCURRENT_GB)
 
@@ -254,7 +276,9 @@ def _with_text_keys(tree: Parameters) -> Parameters:
 
 
 def _write_component(folder: Path, parameters: Parameters, target: Parameters) -> None:
-    item = _with_text_keys(jax.tree.map(np.asarray, parameters))
+    item = _with_text_keys(
+        jax.tree.map(lambda leaf: leaf if isinstance(leaf, Columns) else np.asarray(leaf), parameters)
+    )
     save_args = _with_text_keys(jax.tree.map(lambda leaf: ocp.SaveArgs(dtype=leaf.dtype), target))
     arguments = ocp.args.PyTreeSave(item, save_args=save_args, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
     with ocp.Checkpointer(_handler()) as checkpointer:
