@@ -10,13 +10,14 @@ import torch
 from convert import names
 from convert.names import Names, Unused
 from convert.readers import Weights
+from toprovar_jax.checkpoint import Columns
 from toprovar_jax.errors import InputError
 
 REMEDY = "download it again, or pass the file of a supported model"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def take(weights: Weights, kind: str, expected: Names, unused: Unused) -> dict[str, np.ndarray]:
+def take(weights: Weights, kind: str, expected: Names, unused: Unused) -> dict[str, np.ndarray | Columns]:
     """Matches a file's tensors one to one with those that a model needs.
 
     Args:
@@ -26,7 +27,8 @@ def take(weights: Weights, kind: str, expected: Names, unused: Unused) -> dict[s
       unused: the tensors that may be there and are not needed.
 
     Returns:
-      By our path, arrays in our layout that are views of the file's memory map, whatever floating type it has.
+      By our path, arrays in our layout that are views of the file's memory map, whatever floating type it has;
+      where several tensors make one parameter, its columns.
 
     Raises:
       InputError: lists all missing, unexpected and mis-shaped tensors, or all with values that cannot be used.
@@ -44,7 +46,10 @@ def take(weights: Weights, kind: str, expected: Names, unused: Unused) -> dict[s
     }
     _refuse(f"{weights.path} does not fit as a {kind}", misfits, REMEDY)
     check_values(weights, unused)
-    return {entry.path: _to_numpy(entry.layout.to_ours(given[name])) for name, entry in expected.items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, entry in expected.items():
+        parts.setdefault(entry.path, []).append(_to_numpy(entry.layout.to_ours(given[name])))
+    return {path: arrays[0] if len(arrays) == 1 else Columns(arrays) for path, arrays in parts.items()}
 
 
 def check_values(weights: Weights, unused: Unused) -> None:

@@ -1,8 +1,9 @@
 """Official tensor names <-> our parameter paths, one table per model.
 
-A rule pairs an official name with the path of one of our parameters and says how the tensor is laid out there.
-Names in braces stand for indices; `{block}`, `{conv}` and `{norm}` for the spellings that a file may use. A table
-is expanded over the parameters of the model's skeleton, so that every parameter has exactly one official name.
+A rule pairs an official name with the path of one of our parameters and says how the tensor is laid out there; it
+has several names where our parameter holds their tensors side by side. Names in braces stand for indices;
+`{block}`, `{conv}` and `{norm}` for the spellings that a file may use. A table is expanded over the parameters of
+the model's skeleton, so that every parameter has exactly one rule.
 Source: docs/spec/infinity.md, sections 4.1 and 6.4; for T5 the names of Hugging Face's `T5EncoderModel`.
 """
 
@@ -48,9 +49,9 @@ def _without_axes(*axes: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table."""
+    """One line of a table; the tensors of several official names are our columns, from left to right."""
 
-    official: str
+    official: str | tuple[str, ...]
     ours: str
     layout: Layout = SAME
 
@@ -148,26 +149,20 @@ VAE_RULES: tuple[Rule, ...] = (
 
 VAE_UNUSED = Unused(ignored=("quantizer.lfq.mask", "quantize.lfq.mask"))
 
+_T5_ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
+_T5_MLP = "encoder.block.{i}.layer.1.DenseReluDense"
 T5_RULES: tuple[Rule, ...] = (
     Rule("shared.weight", "token_embedding"),
     Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_attention_bias"),
-    *(
-        Rule(
-            f"encoder.block.{{i}}.layer.0.SelfAttention.{official}.weight",
-            f"blocks/{{i}}/attention/{ours}/kernel",
-            TRANSPOSED,
-        )
-        for official, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
+    Rule(
+        tuple(f"{_T5_ATTENTION}.{name}.weight" for name in "qkv"),
+        "blocks/{i}/attention/query_key_value/kernel",
+        TRANSPOSED,
     ),
+    Rule(f"{_T5_ATTENTION}.o.weight", "blocks/{i}/attention/output/kernel", TRANSPOSED),
     Rule("encoder.block.{i}.layer.0.layer_norm.weight", "blocks/{i}/attention_norm/scale"),
-    *(
-        Rule(
-            f"encoder.block.{{i}}.layer.1.DenseReluDense.{official}.weight",
-            f"blocks/{{i}}/mlp/{ours}/kernel",
-            TRANSPOSED,
-        )
-        for official, ours in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
-    ),
+    Rule((f"{_T5_MLP}.wi_0.weight", f"{_T5_MLP}.wi_1.weight"), "blocks/{i}/mlp/gate_up/kernel", TRANSPOSED),
+    Rule(f"{_T5_MLP}.wo.weight", "blocks/{i}/mlp/down/kernel", TRANSPOSED),
     Rule("encoder.block.{i}.layer.1.layer_norm.weight", "blocks/{i}/mlp_norm/scale"),
     Rule("encoder.final_layer_norm.weight", "final_norm/scale"),
 )
@@ -179,7 +174,7 @@ T5_UNUSED = Unused(ignored=("decoder.*", "lm_head.weight"))
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """An official tensor that a model needs."""
+    """An official tensor that a model needs; those of one path are its columns, in the order of the table."""
 
     path: str
     shape: Shape
@@ -237,6 +232,9 @@ def _expand(
     for path, shape in shapes.items():
         [(match, rule)] = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(path))]
         indices = {name: int(text) for name, text in match.groupdict().items()}
-        official = rule.official.format(**indices, **spell(indices))
-        names[official] = Expected(path, rule.layout.official_shape(shape), rule.layout)
+        officials = (rule.official,) if isinstance(rule.official, str) else rule.official
+        part = shape if len(officials) == 1 else (*shape[:-1], shape[-1] // len(officials))
+        for official in officials:
+            name = official.format(**indices, **spell(indices))
+            names[name] = Expected(path, rule.layout.official_shape(part), rule.layout)
     return names

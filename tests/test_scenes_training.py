@@ -350,6 +350,8 @@ def test_an_object_alone_is_on_no_side():
 def test_a_fresh_text_encoder_already_hears_the_order_of_words():
     config = training.load_config(CONFIGS / "embedded.json")
     text = jax.tree.map(jnp.asarray, train_text.initial_parameters(config)["text_encoder"])
+    query, key, value = np.split(text["blocks"][0]["attention"]["query_key_value"]["kernel"], 3, axis=1)
+    np.testing.assert_allclose([8 * query.std(), key.std()], value.std(), rtol=0.05)
     captions = ["a red apple left of a blue car", "a blue apple left of a red car"]
     (first, second), _ = train_text.encode(
         dataclasses.replace(config, dtype="float32"), text, dataset.encode_captions(captions)

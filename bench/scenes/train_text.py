@@ -90,9 +90,10 @@ def initial_parameters(config: TrainingConfig) -> Parameters:
     fresh: dict[str, Any] = fresh_parameters(skeletons(config, "float32"), seed=0)
     text_encoder = fresh["text_encoder"]
     text_encoder["token_embedding"] *= 50
+    queries = slice(text_config.num_heads * text_config.head_dim)
     for block in text_encoder["blocks"].values():
         # T5 does not scale its logits.
-        block["attention"]["query"]["kernel"] *= text_config.head_dim**-0.5
+        block["attention"]["query_key_value"]["kernel"][:, queries] *= text_config.head_dim**-0.5
         block["attention"]["output"]["kernel"] *= 0.5
         block["mlp"]["down"]["kernel"] *= 0.5
     (_, after), (before, _) = relative_position_buckets(2, text_config.num_buckets, text_config.max_distance)

@@ -16,13 +16,16 @@ from tests.with_torch.official import (
     CONFIG,
     EXPECTED_TRANSFORMER,
     EXPECTED_VAE,
+    TEXT_ENCODER,
     TRANSFORMER,
     VAE,
     assert_equal,
     flat_spelling,
     map_infinity,
+    map_text_encoder,
     map_vae,
 )
+from toprovar_jax.checkpoint import Columns
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import load_manifest
 
@@ -104,9 +107,16 @@ def test_every_layout_of_a_vae_is_read(tmp_path, spell, wrap):
 
 
 def test_tensors_stay_in_their_file_until_they_are_used(tmp_path):
-    for path in (write_pth(tmp_path), write_safetensors(tmp_path)):
-        for array in map_infinity(read_weights(path)).values():
-            assert not array.flags.owndata
+    text_encoder = tmp_path / "text_encoder.safetensors"
+    safetensors.torch.save_file(TEXT_ENCODER, text_encoder)
+    for path, read in [
+        (write_pth(tmp_path), map_infinity),
+        (write_safetensors(tmp_path), map_infinity),
+        (text_encoder, map_text_encoder),
+    ]:
+        parameters = read(read_weights(path)).values()
+        arrays = [array for x in parameters for array in (x.arrays if isinstance(x, Columns) else [x])]
+        assert not any(array.flags.owndata for array in arrays)
         with open("/proc/self/maps") as maps:
             assert str(path) in maps.read()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -31,32 +32,26 @@ CONFIGS = [
     ),
 ]
 OURS_TO_OFFICIAL = {
-    "attention": "0.SelfAttention",
-    "attention_norm": "0.layer_norm",
-    "mlp": "1.DenseReluDense",
-    "mlp_norm": "1.layer_norm",
-    "query": "q",
-    "key": "k",
-    "value": "v",
-    "output": "o",
-    "gate": "wi_0",
-    "up": "wi_1",
-    "down": "wo",
+    "attention_norm": ["0.layer_norm"],
+    "attention/query_key_value": [f"0.SelfAttention.{name}" for name in "qkv"],
+    "attention/output": ["0.SelfAttention.o"],
+    "mlp_norm": ["1.layer_norm"],
+    "mlp/gate_up": ["1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"],
+    "mlp/down": ["1.DenseReluDense.wo"],
 }
 
 
-def _official_name(path):
+def _official_names(path):
+    """Of the tensors that lie side by side in one of our parameters."""
     match path:
         case ("token_embedding",):
-            return "shared.weight"
+            return ["shared.weight"]
         case ("relative_attention_bias",):
-            return "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+            return ["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
         case ("final_norm", _):
-            return "encoder.final_layer_norm.weight"
+            return ["encoder.final_layer_norm.weight"]
         case ("blocks", index, *names, _):
-            return ".".join(
-                [f"encoder.block.{index}.layer", *(OURS_TO_OFFICIAL[name] for name in names), "weight"]
-            )
+            return [f"encoder.block.{index}.layer.{name}.weight" for name in OURS_TO_OFFICIAL["/".join(names)]]
 
 
 def _official(config, seed):
@@ -97,8 +92,8 @@ def _convert(model, config, dtype="float32"):
     official.pop("encoder.embed_tokens.weight")
 
     def fill(path, leaf):
-        value = official.pop(_official_name(path))
-        value = value.T if path[-1] == "kernel" else value
+        values = [official.pop(name) for name in _official_names(path)]
+        value = np.concatenate(values).T if path[-1] == "kernel" else values[0]
         assert value.shape == leaf.shape
         return jnp.asarray(value, leaf.dtype)
 
@@ -161,6 +156,13 @@ def test_bfloat16_stays_near_float32_and_keeps_norms_and_residuals_in_float32():
     assert difference.max() < 0.2
 
 
+def test_fresh_queries_are_small_because_logits_are_not_scaled():
+    config = T5Config(vocab_size=8, embed_dim=64, num_layers=1, num_heads=4, head_dim=16, mlp_dim=8)
+    kernel = T5Encoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)).blocks[0].attention.query_key_value.kernel[...]
+    deviations = kernel.reshape(64, 3, 64).std(axis=(0, 2))
+    np.testing.assert_allclose(deviations, np.array([16**-0.5, 1, 1]) * 64**-0.5, rtol=0.05)
+
+
 def test_flan_t5_xl_has_the_published_size_and_names():
     leaves = flatten_dict(abstract_parameters(T5Encoder, T5Config(), "bfloat16"))
     with torch.device("meta"):
@@ -175,8 +177,10 @@ def test_flan_t5_xl_has_the_published_size_and_names():
             )
         ).state_dict()
     official.pop("encoder.embed_tokens.weight")
-    assert {_official_name(path) for path in leaves} == set(official)
+    assert sorted(name for path in leaves for name in _official_names(path)) == sorted(official)
     for path, leaf in leaves.items():
-        shape = tuple(official[_official_name(path)].shape)
+        first, *others = (tuple(official[name].shape) for name in _official_names(path))
+        assert all(shape == first for shape in others), path
+        shape = (len(others) + 1) * first[0], *first[1:]
         assert leaf.shape == (shape[::-1] if path[-1] == "kernel" else shape), path
     assert round(sum(leaf.size for leaf in leaves.values()) / 1e9, 2) == 1.22

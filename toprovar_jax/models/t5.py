@@ -2,7 +2,9 @@
 
 Pre-norm blocks without biases, relative position bias from one table shared by all blocks, attention logits that
 are not scaled by the head size. The residual stream is float32 for every dtype, because T5's grows beyond what
-half-precision sums resolve.
+half-precision sums resolve; the products that end in it are float32 too, and a GPU adds them to it as it makes
+them. Reading the weights is all that a prompt's few tokens cost, so those that share an input lie side by side in
+one kernel, which one product reads.
 Source: docs/spec/infinity.md, section 3.1; Raffel et al., "Exploring the Limits of Transfer Learning with a
 Unified Text-to-Text Transformer" (2020), section 2.1; Shazeer, "GLU Variants Improve Transformer" (2020).
 """
@@ -41,8 +43,17 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
     return (after_query + bucket).astype(np.int32)
 
 
+_INITIALIZE = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
 def _linear(
-    in_channels: int, out_channels: int, dtype: DTypeLike, rngs: nnx.Rngs, scale: float = 1.0
+    in_channels: int,
+    out_channels: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    *,
+    kernel_init: nnx.Initializer = _INITIALIZE,
+    output_dtype: DTypeLike | None = None,
 ) -> nnx.Linear:
     return nnx.Linear(
         in_channels,
@@ -51,26 +62,24 @@ def _linear(
         dtype=dtype,
         param_dtype=dtype,
         precision=matmul_precision(dtype),
-        kernel_init=nnx.initializers.variance_scaling(scale, "fan_in", "normal"),
+        kernel_init=kernel_init,
+        preferred_element_type=output_dtype,
         rngs=rngs,
     )
 
 
-def _project(x: Array, *projections: nnx.Linear) -> list[Array]:
-    """Applies every projection to x, one after the other.
-
-    Left to itself, XLA for GPUs copies the weights of products that share an operand side by side, at every call,
-    to make one product of them. Reading the weights is all that a prompt's few tokens cost: the copy triples it.
-    """
-    outputs, x = [], x.astype(projections[0].kernel.dtype)
-    for projection in projections:
-        output, x = jax.lax.optimization_barrier((projection(x), x))
-        outputs.append(output)
-    return outputs
-
-
 def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs)
+
+
+def _small_queries(head_dim: int) -> nnx.Initializer:
+    """T5 initialises queries small where other transformers scale the logits."""
+
+    def initialize(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+        queries = shape[1] // 3
+        return _INITIALIZE(key, shape, dtype).at[:, :queries].multiply(head_dim**-0.5)
+
+    return initialize
 
 
 class Attention(nnx.Module):
@@ -80,23 +89,20 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.precision = matmul_precision(dtype)
         inner = config.num_heads * config.head_dim
-        # T5 initialises queries small where other transformers scale the logits.
-        self.query = _linear(config.embed_dim, inner, dtype, rngs, scale=1 / config.head_dim)
-        self.key = _linear(config.embed_dim, inner, dtype, rngs)
-        self.value = _linear(config.embed_dim, inner, dtype, rngs)
-        self.output = _linear(inner, config.embed_dim, dtype, rngs)
+        self.query_key_value = _linear(
+            config.embed_dim, 3 * inner, dtype, rngs, kernel_init=_small_queries(config.head_dim)
+        )
+        self.output = _linear(inner, config.embed_dim, dtype, rngs, output_dtype=jnp.float32)
 
     def __call__(
         self,
         x: Float[Array, "batch tokens channels"],
         bias: Float32[Array, "heads tokens tokens"],
         mask: Bool[Array, "batch tokens"],
-    ) -> Float[Array, "batch tokens channels"]:
+    ) -> Float32[Array, "batch tokens channels"]:
         """Attends from every position to the real ones."""
-        query, key, value = (
-            projected.reshape(*x.shape[:2], -1, self.head_dim)
-            for projected in _project(x, self.query, self.key, self.value)
-        )
+        packed = self.query_key_value(x).reshape(*x.shape[:2], 3, -1, self.head_dim)
+        query, key, value = (packed[:, :, part] for part in range(3))
         logits = jnp.einsum(
             "bqhd,bkhd->bhqk", query, key, precision=self.precision, preferred_element_type=jnp.float32
         )
@@ -110,13 +116,12 @@ class GatedMLP(nnx.Module):
     """down(gelu(gate(x)) * up(x)), GELU in its tanh approximation."""
 
     def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.gate = _linear(config.embed_dim, config.mlp_dim, dtype, rngs)
-        self.up = _linear(config.embed_dim, config.mlp_dim, dtype, rngs)
-        self.down = _linear(config.mlp_dim, config.embed_dim, dtype, rngs)
+        self.gate_up = _linear(config.embed_dim, 2 * config.mlp_dim, dtype, rngs)
+        self.down = _linear(config.mlp_dim, config.embed_dim, dtype, rngs, output_dtype=jnp.float32)
 
-    def __call__(self, x: Float[Array, "batch tokens channels"]) -> Float[Array, "batch tokens channels"]:
+    def __call__(self, x: Float[Array, "batch tokens channels"]) -> Float32[Array, "batch tokens channels"]:
         """Applied to every position by itself."""
-        gate, up = _project(x, self.gate, self.up)
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(nnx.gelu(gate, approximate=True) * up)
 
 
