@@ -237,6 +237,10 @@ class _AppendAndAttend:
         attend = functools.partial(flash_attention_entropy, query, scale=1.0, return_entropy=self.return_entropy)
         if new_tokens <= room:
             cache = KeyValue(self._append(cache.key, key[:, :room]), self._append(cache.value, value[:, :room]))
+        if self.length + new_tokens == 1:
+            # The first scale's token sees itself alone: a softmax of one logit is 1.
+            output, entropy = value, jnp.zeros((query.shape[0], 1, query.shape[1]), jnp.float32)
+        elif new_tokens <= room:
             output, entropy, _ = attend(*cache, kv_length=self.length + new_tokens)
         elif self.length:
             output, entropy, _ = attend(*cache, key, value, kv_length=self.length, more_length=new_tokens)
