@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from os import PathLike
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import jax
 import numpy as np
@@ -34,6 +34,8 @@ from toprovar_jax.schedule import ScaleSchedule, tokenizer_schedule
 from toprovar_jax.schedule import scale_schedule as tabulated_schedule
 from toprovar_jax.text import TokenBatch, Tokenizer, encode_text
 from toprovar_jax.text_batch import TextBatch, broadcast_negative, pad_features, pad_to_common_length
+
+T = TypeVar("T")
 
 
 class InfinityPipeline:
@@ -201,9 +203,7 @@ class InfinityPipeline:
             # Everything that is put on the device stays there to the end of the image. Where a buffer is freed
             # meanwhile, later ones may be at other addresses than in the image before, and to rewrite a program's
             # CUDA graph for them takes the host 1.6 ms.
-            prompts, negatives, seeds = jax.device_put(
-                (prompts, negatives, request.resolve_seeds(seed, num_images))
-            )
+            prompts, negatives, seeds = _upload((prompts, negatives, request.resolve_seeds(seed, num_images)))
             text, text_compile = self._encode(prompts)
             negative, negative_compile = (None, 0.0) if negatives is None else self._encode(negatives)
             if negative is not None:
@@ -284,6 +284,12 @@ class InfinityPipeline:
         static: dict[str, Hashable] = {"config": self.config.text_encoder, "dtype": self.dtype}
         seconds = self.programs.compile({key: lambda: Recipe(encode_text, arguments, static)})
         return TextBatch(self.programs.run(key, *arguments), text.lengths), seconds
+
+
+@jax.jit
+def _upload(arrays: T) -> T:
+    """Puts arrays on the device in half of the time that the host takes for `jax.device_put`."""
+    return arrays
 
 
 def reconstruct_pixels(

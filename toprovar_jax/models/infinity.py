@@ -237,6 +237,7 @@ class _AppendAndAttend:
         attend = functools.partial(flash_attention_entropy, query, scale=1.0, return_entropy=self.return_entropy)
         if new_tokens <= room:
             cache = KeyValue(self._append(cache.key, key[:, :room]), self._append(cache.value, value[:, :room]))
+        entropy: Array | None
         if self.length + new_tokens == 1:
             # The first scale's token sees itself alone: a softmax of one logit is 1.
             output, entropy = value, jnp.zeros((query.shape[0], 1, query.shape[1]), jnp.float32)
