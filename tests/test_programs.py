@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from toprovar_jax.programs import COMPILED_IN_HASTE, Programs, Recipe
+from toprovar_jax.programs import COMPILED_IN_HASTE, Programs, Recipe, _cpu_options
 
 
 def doubled(x):
@@ -58,6 +58,7 @@ def test_convolutions_are_not_compiled_in_haste(monkeypatch):
         used[lowered.as_text().split()[1]] = dict(options)
         return compile_lowered(lowered)
 
+    everywhere = _cpu_options().items()
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_and_tell)
     programs = Programs()
     programs.compiler_options = COMPILED_IN_HASTE
@@ -67,6 +68,27 @@ def test_convolutions_are_not_compiled_in_haste(monkeypatch):
         programs.compile({key: lambda recipe=recipe: recipe})
         (options,) = used.values()
         assert ("xla_gpu_autotune_level" in options) == (key == "quick")
+        assert everywhere <= options.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "used"),
+    [
+        ({"xla_backend_optimization_level": 0}, False, True),
+        ({"xla_backend_optimization_level": 0}, True, False),
+        ({"an_option_of_another_version": ""}, False, False),
+    ],
+)
+def test_options_for_cpus_are_left_out_where_they_are_refused_and_elsewhere(monkeypatch, options, on_gpu, used):
+    monkeypatch.setattr("toprovar_jax.programs._WITHOUT_YNNPACK", options)
+    if on_gpu:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _cpu_options.__wrapped__() == (options if used else {})
+
+
+def test_products_on_a_cpu_are_not_prepared_at_their_first_run():
+    product = Recipe(jnp.dot, (jnp.ones((64, 64)),) * 2, {}).lower()
+    assert ["ynn" in product.compile(options).as_text() for options in ({}, _cpu_options())] == [True, False]
 
 
 def test_a_result_for_the_host_is_the_same_where_the_device_is_the_host():

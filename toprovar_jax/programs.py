@@ -16,6 +16,9 @@ from jaxtyping import PyTree
 _COMPILED_FOR_SPEED: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 # For programs that draw too few pictures to be worth a search for the fastest products.
 COMPILED_IN_HASTE = {**_COMPILED_FOR_SPEED, "xla_gpu_autotune_level": 0}
+# YNNPACK's products are the faster ones on a CPU, but each is prepared where a program runs for the first time, on
+# one core, which costs a process more than it saves in its first pictures.
+_WITHOUT_YNNPACK: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 class Recipe(NamedTuple):
@@ -60,6 +63,18 @@ def _host_memory(arguments: PyTree) -> jax.sharding.Sharding | None:
     return None
 
 
+@functools.cache
+def _cpu_options() -> dict[str, Any]:
+    """Options for programs on a CPU; none where this version of XLA refuses them, and none elsewhere."""
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0).lower().compile(_WITHOUT_YNNPACK)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return _WITHOUT_YNNPACK
+
+
 class Programs:
     """Compiles each program once, several at a time, and runs it by its key; threads may share it.
 
@@ -94,6 +109,7 @@ class Programs:
                 if key not in self._compiled:
                     recipe = make_recipe()
                     options = _COMPILED_FOR_SPEED if recipe.convolves else self.compiler_options
+                    options = {**_cpu_options(), **options}
                     self._compiled[key] = self._pool.submit(recipe.lower().compile, options)
             programs = [self._compiled[key] for key in recipes]
         try:
