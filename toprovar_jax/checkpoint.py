@@ -262,8 +262,7 @@ class _BatchedNumpyHandler(type_handlers.NumpyHandler):
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Nothing changes the arrays before they are written, so that orbax need not copy them.
-    host_handler = _BatchedNumpyHandler(deepcopy_host_arrays=False)
+    host_handler = _BatchedNumpyHandler()
     registry = type_handlers.create_type_handler_registry(
         (jax.Array, type_handlers.ArrayHandler()), (np.ndarray, host_handler), (Columns, host_handler)
     )
