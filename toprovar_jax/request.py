@@ -191,7 +191,8 @@ def resolve_settings(
     defaults = config.defaults
 
     def per_scale(name: str, value: Any, default: float | int) -> tuple[float, ...]:
-        value = default if value is None else value
+        if value is None:
+            return (float(default),) * num_scales
         try:
             values = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError):

@@ -96,11 +96,12 @@ class Tokenizer:
                 raise InputError("the prompt is empty: describe the image in at least one word")
             encoding = self._tokenizer.encode(prompt)
             row = encoding.ids
-            unknown |= {
-                prompt[start:end]: None
-                for (start, end), token in zip(encoding.offsets, encoding.tokens, strict=True)
-                if token == _UNKNOWN
-            }
+            if self._knows is not None:
+                unknown |= {
+                    prompt[start:end]: None
+                    for (start, end), token in zip(encoding.offsets, encoding.tokens, strict=True)
+                    if token == _UNKNOWN
+                }
             if len(row) > max_length:
                 warnings.warn(
                     f"the prompt has {len(row)} tokens and the text encoder reads {max_length}: its end is cut "
@@ -109,7 +110,7 @@ class Tokenizer:
                 )
                 row = row[: max_length - 1] + self._end
             rows.append(row)
-        if unknown and self._knows is not None:
+        if unknown:
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"the model does not know {words}; it knows {self._knows}", stacklevel=2)
         lengths = np.array([len(row) for row in rows], np.int32)
