@@ -18,6 +18,8 @@ import jax
 from toprovar_jax.programs import Programs
 from toprovar_jax.pruning.plan import ScaleStep
 
+# What goes before the first program.
+REQUEST = "request"
 # Keys of the pipeline's programs start with these.
 _STAGES = {"text": "text encoder", "decode": "decoder", "drop_unconditional_rows": "drop rows"}
 
@@ -38,6 +40,7 @@ class Stage(NamedTuple):
 
 class _Event(NamedTuple):
     name: str
+    handed_out: float
     host_seconds: float
     ended: float
 
@@ -72,9 +75,10 @@ class _FirstEndedError(Exception):
 def time_stages(programs: Programs, call: Callable[[], object]) -> list[Stage]:
     """Calls twice and times the programs.
 
-    What follows the last program (its result's way to the host and whatever the host does with it) counts as
-    that program's. The first program is timed in a call that ends with it: in a whole call the host holds the
-    interpreter to hand out the second, so that the end of the first is noticed late.
+    What goes before the first program (the request is checked, prompts are made tokens and brought to the device)
+    is a stage of its own; what follows the last one (its result's way to the host and whatever the host does with
+    it) counts as that program's. The first program is timed in a call that ends with it: in a whole call the host
+    holds the interpreter to hand out the second, so that the end of the first is noticed late.
 
     Args:
       programs: those that the call runs.
@@ -91,47 +95,49 @@ def time_stages(programs: Programs, call: Callable[[], object]) -> list[Stage]:
     if not events:
         raise RuntimeError("no program was run: the pipeline runs programs that are not its own")
     ends = [min(event.ended, ended) for event in events[:-1]] + [ended]  # the second thread may be late
+    first = events[0].handed_out
     if len(ends) > 1:
-        ends[0] = min(ends[0], started + _seconds_to_first_end(programs, call))
-    begins = [started, *ends[:-1]]
-    return [
+        ends[0] = min(ends[0], first + _seconds_of_first(programs, call))
+    begins = [first, *ends[:-1]]
+    request = 1e3 * (first - started)
+    return [Stage(REQUEST, request, request)] + [
         Stage(event.name, 1e3 * (end - begin), 1e3 * event.host_seconds)
         for event, begin, end in zip(events, begins, ends, strict=True)
     ]
 
 
-def _seconds_to_first_end(programs: Programs, call: Callable[[], object]) -> float:
-    run, ended = programs.run, 0.0
+def _seconds_of_first(programs: Programs, call: Callable[[], object]) -> float:
+    run, seconds = programs.run, 0.0
 
     def run_and_end(key: Hashable, *arguments: Any) -> Any:
-        nonlocal ended
+        nonlocal seconds
+        begun = time.perf_counter()
         jax.block_until_ready(run(key, *arguments))
-        ended = time.perf_counter()
+        seconds = time.perf_counter() - begun
         raise _FirstEndedError
 
-    started = time.perf_counter()
     with mock.patch.object(programs, "run", run_and_end), contextlib.suppress(_FirstEndedError):
         call()
-    return ended - started
+    return seconds
 
 
 @contextlib.contextmanager
 def _watched(programs: Programs, record: Callable[[_Event], object]) -> Iterator[None]:
-    handed_out: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
+    handed_out: queue.SimpleQueue[tuple[str, float, float, Any] | None] = queue.SimpleQueue()
     name, run = StageNamer(), programs.run
 
     def timed_run(key: Hashable, *arguments: Any) -> Any:
         before = time.perf_counter()
         result = run(key, *arguments)
         # All results of a program are there at once. Its first ones may be the state, which the next takes over.
-        handed_out.put((name(key), time.perf_counter() - before, jax.tree.leaves(result)[-1]))
+        handed_out.put((name(key), before, time.perf_counter() - before, jax.tree.leaves(result)[-1]))
         return result
 
     def wait() -> None:
         while (item := handed_out.get()) is not None:
-            stage, host_seconds, leaf = item
+            stage, before, host_seconds, leaf = item
             jax.block_until_ready(leaf)
-            record(_Event(stage, host_seconds, time.perf_counter()))
+            record(_Event(stage, before, host_seconds, time.perf_counter()))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # or the waiting thread learns of an end up to 5 ms late
