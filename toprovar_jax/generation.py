@@ -72,7 +72,6 @@ class Generator:
         scales = _ScaleLoop(self._programs, self._params, programs, batch, settings, context, draws, state)
         num_scales = len(batch.loop.schedule)
         ended: list[float] = []  # the text, then every scale
-        chosen: list[np.ndarray] = []
 
         def finish(scale: int | None, result: Any) -> None:
             if result is None:
@@ -80,19 +79,14 @@ class Generator:
             else:
                 jax.block_until_ready(result)
                 ended.append(time.perf_counter())
-            if scale is None:
-                return
-            if result is not None:
-                forced = batch.forced_bits[scale]
-                chosen.append(np.asarray(result) if forced is None else forced)
-            if on_scale_end is not None:
+            if scale is not None and on_scale_end is not None:
                 on_scale_end(scale, num_scales)
 
         running: collections.deque[tuple[int | None, Any]] = collections.deque([(None, draws)])
-        results = []
+        chosen = []
         for scale in range(num_scales):
-            results.append(scales.run(scale))
-            running.append((scale, results[-1]))
+            chosen.append(scales.run(scale))
+            running.append((scale, chosen[-1]))
             # Dropped scales are no work: to wait for one before them would leave the device idle.
             while sum(result is not None for _, result in running) > _SCALES_AHEAD:
                 finish(*running.popleft())
@@ -100,12 +94,18 @@ class Generator:
         pixels = run(programs.decode, self._params["vae"], code_map) if batch.decode else code_map
         while running:
             finish(*running.popleft())
+        # Fetched while the decoder runs.
+        bits = tuple(
+            np.asarray(one) if forced is None else forced
+            for one, forced in zip(chosen, batch.forced_bits, strict=True)
+            if one is not None
+        )
         images = np.asarray(pixels)
         decode_seconds = time.perf_counter() - ended[-1]
         seconds = tuple(end - begin for begin, end in itertools.pairwise(ended))
         return PipelineOutput(
             images=images,
-            bits=tuple(chosen),
+            bits=bits,
             plan=scales.plan,
             timings=Timings(compile_seconds, ended[0] - started, seconds, decode_seconds),
             trace=Trace(tuple(scales.traces)) if batch.trace else None,
