@@ -43,10 +43,19 @@ class Commands:
         self._process = process
 
     def run(
-        self, *argv: object, signal_after: float | None = None, signal_number: int = signal.SIGKILL
+        self,
+        *argv: object,
+        signal_after: float | None = None,
+        signal_once: Path | None = None,
+        signal_number: int = signal.SIGKILL,
     ) -> Outcome:
-        """Runs a module with arguments; sends it a signal after some seconds if asked to."""
-        request = {"argv": [str(part) for part in argv], "after": signal_after, "signal": int(signal_number)}
+        """Runs a module with arguments; sends it a signal after some seconds or once a path exists."""
+        request = {
+            "argv": [str(part) for part in argv],
+            "after": signal_after,
+            "once": None if signal_once is None else str(signal_once),
+            "signal": int(signal_number),
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         ready, _, _ = select.select([self._process.stdout], [], [], HELPER_SECONDS)
@@ -72,7 +81,9 @@ def start() -> Iterator[Commands]:
             process.kill()  # where an error left it running; without effect otherwise
 
 
-def _run_forked(argv: list[str], after: float | None, signal_number: int, folder: Path) -> Outcome:
+def _run_forked(
+    argv: list[str], after: float | None, once: str | None, signal_number: int, folder: Path
+) -> Outcome:
     paths = [folder / "stdout", folder / "stderr"]
     started = time.monotonic()
     child = os.fork()
@@ -94,6 +105,11 @@ def _run_forked(argv: list[str], after: float | None, signal_number: int, folder
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    if once is not None:
+        after = 0.0
+        while not os.path.exists(once):
+            assert time.monotonic() - started < COMMAND_SECONDS, f"the command never made {once}"
+            time.sleep(1e-3)
     if after is not None:
         time.sleep(after)
         os.kill(child, signal_number)
@@ -109,7 +125,9 @@ def _serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             request = json.loads(line)
-            outcome = _run_forked(request["argv"], request["after"], request["signal"], Path(folder))
+            outcome = _run_forked(
+                request["argv"], request["after"], request["once"], request["signal"], Path(folder)
+            )
             print(json.dumps(dataclasses.asdict(outcome)), flush=True)
 
 
