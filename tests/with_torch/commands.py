@@ -122,6 +122,8 @@ def _serve() -> None:
     import convert.check
     import convert.conversion  # noqa: F401
 
+    # A shell starts what runs in its background deaf to interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             request = json.loads(line)
