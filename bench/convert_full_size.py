@@ -116,7 +116,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("model", "infinity_2b", list(ARCHITECTURES), "Architecture.")
-    flags.DEFINE_enum("dtype", "float32", checkpoint.DTYPES, "Precision to store.")
+    flags.DEFINE_enum("dtype", "float32", checkpoint.STORED_DTYPES, "Precision to store.")
     flags.DEFINE_string("work_dir", None, "Folder for the files, removed at the end; the system's by default.")
     flags.DEFINE_string("out", str(report.RESULTS), "Folder for the JSON.")
     command_line.run(main)

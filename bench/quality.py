@@ -24,7 +24,7 @@ from bench.scenes import score
 from bench.scenes.assess import assess, draw_sheet, sheet_order
 from bench.scenes.prompts import Prompt, load_prompts
 from toprovar_jax import command_line
-from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.checkpoint import DTYPES, EMBEDDED
 from toprovar_jax.errors import InputError
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.pruning.profile import Profile, load_profile
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_seeds", 1, "Pictures of every prompt under every policy.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "Default: the checkpoint's.")
     flags.DEFINE_float("temperature", None, "Default: the checkpoint's.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the checkpoint's.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Default: the checkpoint's.")
     flags.DEFINE_integer(
         "batch_size", 32, "Pictures generated at once; with --policies, each still follows its own plan."
     )

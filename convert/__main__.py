@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 from toprovar_jax import command_line
-from toprovar_jax.checkpoint import DTYPES
+from toprovar_jax.checkpoint import STORED_DTYPES
 from toprovar_jax.errors import InputError
 from toprovar_jax.schedule import PIXEL_BUDGETS
 
@@ -26,7 +26,7 @@ def _define_shared_flags() -> None:
 def _define_conversion_flags() -> None:
     flags.DEFINE_string("text_encoder", None, "Folder of flan-t5-xl with its tokenizer.json; omit to go without.")
     flags.DEFINE_string("out", None, "Checkpoint folder to make.")
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "Precision to store.")
+    flags.DEFINE_enum("dtype", "float32", STORED_DTYPES, "Precision to store.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing checkpoint, in one step.")
     flags.DEFINE_enum("rope_mode", "2", ["0", "1", "2"], "How positions of small scales are found; releases: 2.")
     flags.DEFINE_bool("level_embedding_per_chunk", False, "Add the level embedding before every chunk of blocks.")

@@ -236,7 +236,7 @@ def test_a_missing_component_says_how_to_get_it(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bf16"])
 def test_unknown_dtypes_are_refused(original, dtype):
-    with pytest.raises(CheckpointError, match=f"unknown dtype {dtype}: choose float32 or bfloat16"):
+    with pytest.raises(CheckpointError, match=f"unknown dtype {dtype}: choose float32, bfloat16 or float8_e4m3fn"):
         checkpoint.load_parameters(original, "vae", dtype)
 
 

@@ -17,7 +17,8 @@ DENSE = Plan.dense(SCHEDULE, TINY.depth)
 def test_a_layer_by_hand():
     work = layer_work(TINY, tokens=3, keys=5, text_tokens=2)
     assert work == Work(
-        projections=2 * 3 * (8 * 24 + 8 * 8 + 8 * 8 + 8 * 8),
+        projections=2 * 3 * (8 * 24 + 8 * 8),
+        text_projections=2 * 3 * (8 * 8 + 8 * 8),
         self_attention=2 * 2 * 2 * 3 * 5 * 4,  # two products, two heads, [3, 4] x [4, 5] and [3, 5] x [5, 4]
         cross_attention=2 * 2 * 2 * 3 * 2 * 4,
         mlp=2 * 3 * (8 * 16 + 16 * 8),
@@ -60,13 +61,17 @@ def test_a_dropped_scale_costs_nothing():
 def test_the_floor_is_computing_or_reading():
     cost = PlanCost(TINY, DENSE, text_tokens=2)
     work = cost.scale(1)
-    slow = Roofs(products=10, attention=5, bandwidth=1e9)
+    slow = Roofs(products=10, float8_products=20, attention=5, bandwidth=1e9)
     assert cost.floor_seconds(1, slow) == (work.total - work.attention) / 10 + work.attention / 5
     weights = 2 * (6 * 64 + 2 * 8 * 16) * 2 + (3 * 8 + 8 * 6) * 4
     assert cost.weight_bytes(1) == weights
-    assert cost.floor_seconds(1, Roofs(1e15, 1e15, 2.0)) == weights / 2
+    assert cost.floor_seconds(1, Roofs(1e15, 1e15, 1e15, 2.0)) == weights / 2
     in_float32 = dataclasses.replace(cost, dtype="float32")
     assert in_float32.weight_bytes(0) == 2 * (6 * 64 + 2 * 8 * 16) * 4 + 8 * 6 * 4
+    in_float8 = dataclasses.replace(cost, dtype="float8_e4m3fn")
+    assert in_float8.weight_bytes(1) == weights - 2 * (4 * 64 + 2 * 8 * 16)
+    halved = work.projections + work.mlp
+    assert in_float8.floor_seconds(1, slow) == cost.floor_seconds(1, slow) - halved / 20
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def run_here(capsys):
         (["--prompt", "a", "--seed", "x"], "flag --seed=x"),
         (
             ["--prompt", "a", "--dtype", "float16"],
-            "flag --dtype=float16: value should be one of <float32|bfloat16>",
+            "flag --dtype=float16: value should be one of <float32|bfloat16|float8_e4m3fn>",
         ),
         (
             ["--prompt", "a", "--policy", "sparse"],

@@ -94,7 +94,7 @@ def batch_programs(
     Args:
       config: the checkpoint's models.
       params: their parameters, or shapes of them, as from `program_parameters`.
-      dtype: "float32" or "bfloat16".
+      dtype: "float32", "bfloat16" or "float8_e4m3fn".
       batch: what to generate.
 
     Raises:

@@ -8,7 +8,7 @@ from absl import flags
 
 from toprovar_jax import command_line
 from toprovar_jax.calibration.search import Target, calibrate
-from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.checkpoint import DTYPES, EMBEDDED
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import load_manifest
 from toprovar_jax.pipeline import InfinityPipeline
@@ -43,9 +43,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at once.", l
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Chooses prompts and pictures.", lower_bound=0, upper_bound=10**6, flag_values=FLAGS
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.", flag_values=FLAGS
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Precision; default: the checkpoint's.", flag_values=FLAGS)
 
 
 def main() -> None:

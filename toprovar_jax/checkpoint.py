@@ -39,12 +39,15 @@ from toprovar_jax.manifest import (
 )
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
+from toprovar_jax.models.linear import quantize_like
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters
 from toprovar_jax.models.t5 import T5Encoder
+from toprovar_jax.precision import FLOAT8, activation_dtype
 
 Component = Literal["transformer", "vae", "text_encoder"]
 COMPONENTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
-DTYPES = ("float32", "bfloat16")
+STORED_DTYPES = ("float32", "bfloat16")
+DTYPES = (*STORED_DTYPES, FLOAT8.name)  # what can be loaded
 
 TOKENIZER_NAME = "tokenizer.json"
 EMBEDDED = Path(__file__).parent / "embedded"  # the small trained model that comes with the package
@@ -130,7 +133,7 @@ def save(
       directory: the folder to make; missing parents are made.
       config: configurations of the components in `parameters`.
       parameters: per component, numpy or jax arrays or `Columns` in the structure and shapes of `skeleton`.
-      dtype: precision policy to store, float32 or bfloat16; leaves are cast to the skeleton's dtypes.
+      dtype: precision policy to store, one of `STORED_DTYPES`; leaves are cast to the skeleton's dtypes.
       tokenizer: text of the text encoder's tokenizer.json.
       sources: files that the parameters come from, for the record.
       overwrite: replace an existing checkpoint in one step; by default an existing folder is refused.
@@ -141,12 +144,12 @@ def save(
     Raises:
       InputError: the folder exists or cannot be written, or the parameters do not fit the configuration.
     """
-    target = Path(directory)
+    target, stored = Path(directory), _dtype_name(dtype, STORED_DTYPES)
     check_target(target, overwrite=overwrite)
     expected: tuple[Component, ...] = COMPONENTS if config.text_encoder is not None else COMPONENTS[:2]
     if set(parameters) != set(expected):
         raise CheckpointError(f"parameters of {', '.join(expected)} are needed, got {', '.join(parameters)}")
-    skeletons = {component: skeleton(config, component, dtype) for component in expected}
+    skeletons = {component: skeleton(config, component, stored) for component in expected}
     for component in expected:
         _check_fit(component, parameters[component], skeletons[component])
     _check_space(target, skeletons)
@@ -157,7 +160,7 @@ def save(
             (folder / TOKENIZER_NAME).write_text(tokenizer, encoding="utf-8")
         manifest = Manifest(
             config=config,
-            dtype=dtype_name(dtype),
+            dtype=stored,
             files=tuple(FileRecord.of(folder / name, name) for name in list_files(folder)),
             sources=tuple(sources),
             writer=f"toprovar-jax {importlib.metadata.version('toprovar-jax')}",
@@ -174,7 +177,7 @@ def load_parameters(
     Args:
       directory: a checkpoint folder.
       component: which model.
-      dtype: precision policy to load in, float32 or bfloat16; None is the stored one.
+      dtype: precision policy to load in, one of `DTYPES`; None is the stored one.
 
     Returns:
       Nested dictionaries of jax arrays with the structure, shapes and dtypes of `skeleton`.
@@ -184,9 +187,11 @@ def load_parameters(
     """
     folder = Path(directory)
     manifest = load_manifest(folder)
-    target = skeleton(manifest.config, component, manifest.dtype if dtype is None else dtype)
+    name = manifest.dtype if dtype is None else dtype_name(dtype)
+    stored = skeleton(manifest.config, component, activation_dtype(name))
     verify(folder, [record for record in manifest.files if record.name.startswith(f"{component}/")])
-    return _read_component(folder / component, target)
+    parameters = _read_component(folder / component, stored)
+    return quantize_like(skeleton(manifest.config, component, name), parameters)
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> str | None:
@@ -209,12 +214,17 @@ def dtype_name(dtype: DTypeLike) -> str:
     Raises:
       CheckpointError: it is not one of `DTYPES`.
     """
+    return _dtype_name(dtype, DTYPES)
+
+
+def _dtype_name(dtype: DTypeLike, choices: tuple[str, ...]) -> str:
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in DTYPES:
-        raise CheckpointError(f"unknown dtype {name}: choose {' or '.join(DTYPES)}")
+    if name not in choices:
+        *others, last = choices
+        raise CheckpointError(f"unknown dtype {name}: choose {', '.join(others)} or {last}")
     return name
 
 

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from toprovar_jax import command_line, request
-from toprovar_jax.checkpoint import EMBEDDED
+from toprovar_jax.checkpoint import DTYPES, EMBEDDED
 from toprovar_jax.config import CheckpointConfig
 from toprovar_jax.errors import InputError
 from toprovar_jax.manifest import load_manifest
@@ -54,7 +54,7 @@ _SAVE_TRACE = flags.DEFINE_string(
     "Folder for what pruning saw and did: per image a folder with entropy maps, pruned tokens, focused shares, "
     "layer scores and the plan.",
 )
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Precision; default: the checkpoint's.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Precision; default: the checkpoint's.")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ class Generator:
     Args:
       config: the checkpoint's models.
       params: parameters by model: "transformer" and "vae".
-      dtype: "float32" or "bfloat16".
+      dtype: "float32", "bfloat16" or "float8_e4m3fn".
       programs: where compiled programs are kept.
     """
 

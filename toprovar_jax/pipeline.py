@@ -45,7 +45,7 @@ class InfinityPipeline:
     Args:
       config: the checkpoint's models and defaults.
       params: parameters by model: "transformer", "vae" and, for prompts, "text_encoder".
-      dtype: "float32" or "bfloat16", the policy that the parameters were loaded for.
+      dtype: "float32", "bfloat16" or "float8_e4m3fn", the policy that the parameters were loaded for.
       tokenizer: turns prompts into tokens; without it only text features can be given.
       checkpoint_digest: identifies the checkpoint, for instance in the images' metadata.
       folder: of the checkpoint, where policy "toprovar" looks for its profile and "skipvar" for its decisions.
@@ -78,7 +78,7 @@ class InfinityPipeline:
 
         Args:
           path: folder written by `python -m convert`; by default the small model that comes with the package.
-          dtype: float32 or bfloat16; the checkpoint's own where None.
+          dtype: float32, bfloat16 or float8_e4m3fn; the checkpoint's own where None.
 
         Raises:
           CheckpointError: the folder is missing, incomplete, altered or of another format, or the dtype unknown.

@@ -20,6 +20,7 @@ from toprovar_jax.models import rope
 from toprovar_jax.models.bsq_vae import bits_to_codes
 from toprovar_jax.models.infinity import Cache, Infinity, KeyValue, TextContext
 from toprovar_jax.models.skeleton import Parameters, bind
+from toprovar_jax.precision import activation_dtype
 from toprovar_jax.pruning.execution import Updates, run_layers
 from toprovar_jax.pruning.plan import Plan, ScaleStep, Span
 from toprovar_jax.resize import pixel_shuffle, pixel_unshuffle, resize_bilinear
@@ -35,7 +36,7 @@ class LoopConfig:
 
     Attributes:
       transformer: the model.
-      dtype: "float32" or "bfloat16".
+      dtype: "float32", "bfloat16" or "float8_e4m3fn".
       schedule: token grids, smallest first.
       rope_grid: grid that positions refer to.
       guided: whether every image has an unconditional row as well.
@@ -186,7 +187,7 @@ def encode_context(
 
 def initial_state(loop: LoopConfig, batch: int, scale: int = 0) -> LoopState:
     """A state of zeros: where a run starts, and the shapes that any scale's step takes."""
-    config, step = loop.transformer, loop.step(scale)
+    config, step, dtype = loop.transformer, loop.step(scale), activation_dtype(loop.dtype)
     rows = batch * (2 if step.guided else 1)
     capacities = loop.cache_capacities or loop.executed_plan.cache_capacities
     heads = (config.num_heads, config.head_dim)
@@ -195,11 +196,10 @@ def initial_state(loop: LoopConfig, batch: int, scale: int = 0) -> LoopState:
     tokens = 0 if step.restore_grid is None else step.restore_grid.size
     return LoopState(
         cache=tuple(
-            KeyValue(*(jnp.zeros((rows, capacity, *heads), loop.dtype) for _ in range(2)))
-            for capacity in capacities
+            KeyValue(*(jnp.zeros((rows, capacity, *heads), dtype) for _ in range(2))) for capacity in capacities
         ),
         code_map=jnp.zeros((batch, height, width, config.code_dim), jnp.float32),
-        saved={span: jnp.zeros((rows, parts, tokens, config.embed_dim), loop.dtype) for span in step.restored},
+        saved={span: jnp.zeros((rows, parts, tokens, config.embed_dim), dtype) for span in step.restored},
     )
 
 

@@ -135,7 +135,7 @@ def encode_text(
       tokens: vocabulary indices.
       lengths: how many tokens of each text are real.
       config: the text encoder.
-      dtype: float32 or bfloat16, the policy that the parameters were loaded for.
+      dtype: the precision policy that the parameters were loaded for.
     """
     mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
     features = bind(T5Encoder, config, dtype, params)(tokens, mask)

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Integer, PRNGKeyArray, UInt8
 
 from toprovar_jax.config import VAEConfig
-from toprovar_jax.precision import matmul_precision
+from toprovar_jax.precision import activation_dtype, matmul_precision
 from toprovar_jax.resize import pixel_unshuffle, resize_area, resize_bilinear
 from toprovar_jax.schedule import ScaleSchedule
 
@@ -356,13 +356,14 @@ class BSQVAE(nnx.Module):
 
     Args:
       config: shapes.
-      dtype: float32 or bfloat16, of convolutions and their parameters; norms are float32.
+      dtype: float32 or bfloat16, of convolutions and their parameters, float8_e4m3fn as bfloat16; norms are
+        float32.
       rngs: initialises the parameters.
     """
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.encoder = Encoder(config, dtype, rngs)
-        self.decoder = Decoder(config, dtype, rngs)
+        self.encoder = Encoder(config, activation_dtype(dtype), rngs)
+        self.decoder = Decoder(config, activation_dtype(dtype), rngs)
 
     def encode(
         self, image: Float[Array, "batch pixel_height pixel_width 3"]

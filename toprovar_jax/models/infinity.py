@@ -23,7 +23,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 from pallas_kernels import flash_attention_entropy
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.models import rope
-from toprovar_jax.models.text_attention import CrossAttention, FoldedText, KeyValue, TextPool, linear, split_heads
+from toprovar_jax.models.linear import linear
+from toprovar_jax.models.text_attention import CrossAttention, FoldedText, KeyValue, TextPool, split_heads
+from toprovar_jax.precision import activation_dtype
 from toprovar_jax.schedule import Grid, ScaleSchedule
 
 NORM_EPSILON = 1e-6
@@ -101,7 +103,9 @@ class MLP(nnx.Module):
         self.down = linear(hidden_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "rows tokens channels"]) -> Float[Array, "rows tokens out_channels"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        # Rows and tokens as one axis: else XLA for GPUs writes float8 activations out in bfloat16 first.
+        hidden = jax.nn.gelu(self.up(x.reshape(-1, x.shape[-1])), approximate=True)
+        return self.down(hidden).reshape(*x.shape[:-1], -1)
 
 
 class SelfAttention(nnx.Module):
@@ -110,9 +114,10 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, heads = config.embed_dim, config.num_heads
         self.query_key_value = linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.query_bias = nnx.Param(jnp.zeros(width, dtype))
-        self.value_bias = nnx.Param(jnp.zeros(width, dtype))
-        self.log_scale = nnx.Param(jnp.full(heads, jnp.log(4.0), dtype))
+        small = activation_dtype(dtype)
+        self.query_bias = nnx.Param(jnp.zeros(width, small))
+        self.value_bias = nnx.Param(jnp.zeros(width, small))
+        self.log_scale = nnx.Param(jnp.full(heads, jnp.log(4.0), small))
         self.output = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -143,13 +148,13 @@ class Block(nnx.Module):
     """Self attention, cross attention, MLP; the residual stream is float32 (section 4.2)."""
 
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width = config.embed_dim
-        self.modulation = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (6, width), dtype))
+        width, small = config.embed_dim, activation_dtype(dtype)
+        self.modulation = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (6, width), small))
         self.self_attention = SelfAttention(config, dtype=dtype, rngs=rngs)
         self.cross_norm = nnx.LayerNorm(
-            width, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=dtype, use_fast_variance=False, rngs=rngs
+            width, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=small, use_fast_variance=False, rngs=rngs
         )
-        self.cross_attention = CrossAttention(config, dtype=dtype, rngs=rngs)
+        self.cross_attention = CrossAttention(config, dtype=small, rngs=rngs)
         self.mlp = MLP(width, config.mlp_dim, width, dtype=dtype, rngs=rngs)
 
     def attention_update(
@@ -294,18 +299,19 @@ class Infinity(nnx.Module):
 
     Args:
       config: shapes and switches.
-      dtype: float32 or bfloat16; in bfloat16 the blocks' parameters and all large products are bfloat16.
+      dtype: float32, bfloat16 or float8_e4m3fn; in bfloat16 the blocks' parameters and all large products are
+        bfloat16, in float8_e4m3fn self attention's projections and the MLP are float8 besides.
       rngs: source of the random initial parameters.
     """
 
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width, text = config.embed_dim, config.text_channels
+        width, text, small = config.embed_dim, config.text_channels, activation_dtype(dtype)
         normal = nnx.initializers.normal(0.02)
         self.config = config
         self.unconditional_features = nnx.Param(normal(rngs.params(), (config.text_max_length, text), jnp.float32))
         self.text_norm = nnx.RMSNorm(text, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
-        self.text_pool = TextPool(config, dtype=dtype, rngs=rngs)
-        self.text_projection = MLP(text, width, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.text_pool = TextPool(config, dtype=small, rngs=rngs)
+        self.text_projection = MLP(text, width, width, dtype=small, param_dtype=jnp.float32, rngs=rngs)
         self.shared_modulation = linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
         self.start_position = nnx.Param(normal(rngs.params(), (width,), jnp.float32))
         self.word_embedding = linear(config.token_bits, width, dtype=jnp.float32, rngs=rngs)

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, PyTree
 
+from toprovar_jax.models.linear import quantize_like
+from toprovar_jax.precision import FLOAT8, activation_dtype
+
 Parameters = PyTree  # nested dictionaries, list items keyed by integers, leaves jax arrays
 
 
@@ -37,7 +40,7 @@ def abstract_parameters(model: Callable[..., nnx.Module], config: Any, dtype: DT
     Args:
       model: a class built as `model(config, dtype=..., rngs=...)`.
       config: its frozen configuration.
-      dtype: float32 or bfloat16.
+      dtype: a precision policy (`precision.py`).
 
     Returns:
       Nested dictionaries with `jax.ShapeDtypeStruct` leaves.
@@ -57,7 +60,11 @@ def random_parameters(
 
     Kernels have variance 1 / fan-in, norms are neutral, biases zero. Training starts from the modules' own
     initialisers instead; those compile or run one operation after the other for minutes at billions of parameters.
+    Those of float8 are the ones of bfloat16, rounded.
     """
+    if jnp.dtype(dtype) == FLOAT8:
+        exact = random_parameters(model, config, activation_dtype(dtype), seed)
+        return quantize_like(abstract_parameters(model, config, dtype), exact)
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_parameters(model, config, dtype))
     root = jax.random.key(seed)
 

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from toprovar_jax.config import T5Config
-from toprovar_jax.precision import matmul_precision
+from toprovar_jax.precision import activation_dtype, matmul_precision
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -150,12 +150,14 @@ class T5Encoder(nnx.Module):
 
     Args:
       config: shapes.
-      dtype: float32 or bfloat16, of matrix products and of every parameter but the norms'.
+      dtype: float32 or bfloat16, of matrix products and of every parameter but the norms'; float8_e4m3fn is taken
+        as bfloat16.
       rngs: initialises the parameters.
     """
 
     def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
+        dtype = activation_dtype(dtype)
         normal = nnx.initializers.normal(1.0)
         self.token_embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.embed_dim), dtype))
         self.relative_attention_bias = nnx.Param(

@@ -13,28 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from toprovar_jax.config import InfinityConfig
+from toprovar_jax.models.linear import linear
 from toprovar_jax.precision import matmul_precision
-
-
-def linear(
-    in_features: int,
-    out_features: int,
-    *,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike | None = None,
-    use_bias: bool = True,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """A linear layer; its parameters are of `dtype` where `param_dtype` is None."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=dtype if param_dtype is None else param_dtype,
-        precision=matmul_precision(dtype),
-        rngs=rngs,
-    )
 
 
 class KeyValue(NamedTuple):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from toprovar_jax.config import InfinityConfig
+from toprovar_jax.precision import FLOAT8, activation_dtype
 from toprovar_jax.pruning.plan import Plan
 
 
@@ -18,18 +19,20 @@ class Roofs(NamedTuple):
     """What a device reaches at best.
 
     Attributes:
-      products: FLOP/s of matrix products.
+      products: FLOP/s of bfloat16 matrix products.
+      float8_products: FLOP/s of float8 ones.
       attention: FLOP/s of an attention kernel.
       bandwidth: bytes/s read from device memory.
     """
 
     products: float
+    float8_products: float
     attention: float
     bandwidth: float
 
 
-# Measured on one NVIDIA H200: bfloat16 products of 8192 rows, attention of 4096 queries to 10521 keys, copies.
-H200 = Roofs(products=790e12, attention=600e12, bandwidth=4.3e12)
+# Measured on one NVIDIA H200: products of 8192 rows, attention of 4096 queries to 10521 keys, copies.
+H200 = Roofs(products=790e12, float8_products=1690e12, attention=600e12, bandwidth=4.3e12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Work:
     """Floating-point operations by kind; works add up.
 
     Attributes:
-      projections: queries, keys, values and outputs of both attentions.
+      projections: queries, keys, values and outputs of self attention.
+      text_projections: queries and outputs of cross attention.
       self_attention: logits and weighted values over this scale and the cached ones.
       cross_attention: the same over the text.
       mlp: both layers.
@@ -48,6 +52,7 @@ class Work:
     """
 
     projections: int = 0
+    text_projections: int = 0
     self_attention: int = 0
     cross_attention: int = 0
     mlp: int = 0
@@ -85,7 +90,8 @@ def layer_work(config: InfinityConfig, tokens: int, keys: int, text_tokens: int)
     """
     width = config.embed_dim
     return Work(
-        projections=2 * tokens * width * (3 * width + width + width + width),
+        projections=2 * tokens * width * (3 * width + width),
+        text_projections=2 * tokens * width * (width + width),
         self_attention=2 * tokens * width * (keys + keys),
         cross_attention=2 * tokens * width * (text_tokens + text_tokens),
         mlp=2 * tokens * width * (config.mlp_dim + config.mlp_dim),
@@ -111,7 +117,7 @@ class PlanCost:
       guided: whether the run has unconditional rows at all.
       batch: images.
       text_tokens: text positions, padding included.
-      dtype: of the blocks' weights.
+      dtype: precision policy of the model.
     """
 
     config: InfinityConfig
@@ -162,12 +168,16 @@ class PlanCost:
         running = sum(tokens > 0 for tokens in self.plan.scales[scale].kept_tokens)
         if not running:
             return 0
-        block = 6 * width * width + 2 * width * config.mlp_dim
+        # Self attention and MLP; cross attention.
+        large, small = 4 * width * width + 2 * width * config.mlp_dim, 2 * width * width
+        block = large * jnp.dtype(self.dtype).itemsize + small * activation_dtype(self.dtype).itemsize
         outside = width * config.token_bits * (3 if scale else 2)
-        return running * block * jnp.dtype(self.dtype).itemsize + outside * jnp.dtype(jnp.float32).itemsize
+        return running * block + outside * jnp.dtype(jnp.float32).itemsize
 
     def floor_seconds(self, scale: int, roofs: Roofs = H200) -> float:
         """A lower bound of a scale's time: its operations at the device's best, or its weights read once."""
         work = self.scale(scale)
-        computing = (work.total - work.attention) / roofs.products + work.attention / roofs.attention
+        float8 = work.projections + work.mlp if jnp.dtype(self.dtype) == FLOAT8 else 0
+        other = work.total - work.attention - float8
+        computing = other / roofs.products + float8 / roofs.float8_products + work.attention / roofs.attention
         return max(computing, self.weight_bytes(scale) / roofs.bandwidth)
