@@ -27,6 +27,7 @@ def stage_floors(
     params: dict[str, Parameters],
     plan: Plan,
     *,
+    dtype: str,
     batch: int,
     text_tokens: int,
     roofs: Roofs = H200,
@@ -37,11 +38,12 @@ def stage_floors(
       config: the models.
       params: their parameters, or shapes of them.
       plan: what the transformer runs.
+      dtype: precision policy of the models.
       batch: images.
       text_tokens: tokens of every prompt, padding not counted.
       roofs: of the device.
     """
-    cost = PlanCost(config.transformer, plan, batch=batch, text_tokens=text_tokens)
+    cost = PlanCost(config.transformer, plan, batch=batch, text_tokens=text_tokens, dtype=dtype)
     context = [
         leaf
         for path, leaf in _kernels(params["transformer"])

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from toprovar_jax.config import (
     ARCHITECTURES,
     VAE_STRIDE_8,
@@ -88,11 +86,12 @@ def word_tokenizer() -> Tokenizer:
     )
 
 
-def load_pipeline(model: str) -> InfinityPipeline:
-    """A pipeline in bfloat16 with text encoder: random weights on the device, or those of a checkpoint.
+def load_pipeline(model: str, dtype: str) -> InfinityPipeline:
+    """A pipeline with text encoder: random weights on the device, or those of a checkpoint.
 
     Args:
       model: a name of `ARCHITECTURES`, or a checkpoint's folder.
+      dtype: precision policy to load in.
 
     Raises:
       InputError: it is neither.
@@ -101,13 +100,13 @@ def load_pipeline(model: str) -> InfinityPipeline:
         config = full_size_config(model, T5Config())
         assert config.text_encoder is not None
         params = {
-            "transformer": random_parameters(Infinity, config.transformer, jnp.bfloat16),
-            "vae": random_parameters(BSQVAE, config.vae, jnp.bfloat16),
-            "text_encoder": random_parameters(T5Encoder, config.text_encoder, jnp.bfloat16),
+            "transformer": random_parameters(Infinity, config.transformer, dtype),
+            "vae": random_parameters(BSQVAE, config.vae, dtype),
+            "text_encoder": random_parameters(T5Encoder, config.text_encoder, dtype),
         }
-        return InfinityPipeline(config, params, dtype="bfloat16", tokenizer=word_tokenizer())
+        return InfinityPipeline(config, params, dtype=dtype, tokenizer=word_tokenizer())
     if not Path(model).is_dir():
         raise InputError(
             f"unknown model {model!r}: pass a checkpoint's folder or one of {', '.join(ARCHITECTURES)}"
         )
-    return InfinityPipeline.from_pretrained(model, jnp.bfloat16)
+    return InfinityPipeline.from_pretrained(model, dtype)

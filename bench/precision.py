@@ -1,7 +1,7 @@
-"""How far bfloat16 strays from float32 at full size: python -m bench.precision --model infinity_2b
+"""How far a precision strays from float32 at full size: python -m bench.precision --model infinity_2b
 
-Random weights at the real size generate an image in bfloat16; the same weights and bits run through the float32
-model, and every scale's logits are compared. It also shows that the full size generates at all.
+Random weights at the real size generate an image in bfloat16 or float8; the same weights and bits run through the
+float32 model, and every scale's logits are compared. It also shows that the full size generates at all.
 """
 
 import statistics
@@ -21,16 +21,19 @@ from toprovar_jax.config import ARCHITECTURES
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
-from toprovar_jax.models.skeleton import Parameters, random_parameters
+from toprovar_jax.models.linear import quantize_like
+from toprovar_jax.models.skeleton import Parameters, abstract_parameters, random_parameters
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
 
-TOLERANCE = 0.01  # relative root-mean-square difference of the logits of any scale
+# Relative root-mean-square difference of the logits of any scale.
+TOLERANCES = {"bfloat16": 0.01, "float8_e4m3fn": 0.1}
 TEXT_TOKENS = 20
 
 _MODEL = flags.DEFINE_enum("model", "infinity_2b", list(ARCHITECTURES), "Architecture.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(TOLERANCES), "Precision.")
 _PIXELS = flags.DEFINE_string("pixels", "1M", "Pixel budget.")
-_RUNS = flags.DEFINE_integer("runs", 3, "Timed bfloat16 runs after the first.", lower_bound=1)
+_RUNS = flags.DEFINE_integer("runs", 3, "Timed runs after the first.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", str(report.RESULTS), "Folder for the JSON.")
 
 
@@ -41,14 +44,15 @@ def relative_difference(value: Float[np.ndarray, "*shape"], reference: Float[np.
 
 
 def main() -> None:
-    """Generates in bfloat16, repeats in float32 with the same bits, prints a row per scale, writes JSON."""
-    config = full_size_config(_MODEL.value)
+    """Generates, repeats in float32 with the same bits, prints a row per scale, writes JSON."""
+    config, dtype = full_size_config(_MODEL.value), _DTYPE.value
     params = {
         "transformer": random_parameters(Infinity, config.transformer, jnp.bfloat16),
         "vae": random_parameters(BSQVAE, config.vae, jnp.bfloat16),
     }
     features = np.random.default_rng(0).standard_normal((TEXT_TOKENS, config.transformer.text_channels))
-    pipe = InfinityPipeline(config, params, dtype="bfloat16")
+    quantized = quantize_like(abstract_parameters(Infinity, config.transformer, dtype), params["transformer"])
+    pipe = InfinityPipeline(config, params | {"transformer": quantized}, dtype=dtype)
 
     def generate(pipe: InfinityPipeline, **arguments: object) -> PipelineOutput:
         return pipe(
@@ -60,14 +64,12 @@ def main() -> None:
         )
 
     first = generate(pipe)
-    print(
-        f"bfloat16: compiled in {first.timings.compile:.1f} s, first run {first.timings.total:.2f} s", flush=True
-    )
+    print(f"{dtype}: compiled in {first.timings.compile:.1f} s, first run {first.timings.total:.2f} s", flush=True)
     warm = [generate(pipe) for _ in range(_RUNS.value)]
     for output in warm:
         np.testing.assert_array_equal(output.images, first.images, "the same seed must give the same image")
     images = np.asarray(first.images)
-    print(f"bfloat16 image {images.shape}, mean {images.mean():.1f}, deviation {images.std():.1f}", flush=True)
+    print(f"{dtype} image {images.shape}, mean {images.mean():.1f}, deviation {images.std():.1f}", flush=True)
     if images.std() == 0:
         raise InputError("the image is flat: the weights' scale does not suit this architecture")
 
@@ -86,7 +88,7 @@ def main() -> None:
             "max_difference": float(np.abs(low.logits_raw - high.logits_raw).max()),
             "logits_deviation": float(high.logits_raw.std()),
             "changed_bits": float(np.mean(low.bits != high.bits)),
-            "bfloat16_ms": [1e3 * output.timings.scales[scale] for output in warm],
+            "ms": [1e3 * output.timings.scales[scale] for output in warm],
         }
         rows.append(row)
         print(
@@ -96,12 +98,14 @@ def main() -> None:
         )
     totals = [1e3 * output.timings.total for output in warm]
     pixels_apart = np.abs(images.astype(int) - np.asarray(reference.images).astype(int))
+    tolerance, suffix = TOLERANCES[dtype], "" if dtype == "bfloat16" else f"_{dtype}"
     path = report.write(
-        f"precision_{_MODEL.value}",
+        f"precision_{_MODEL.value}{suffix}",
         {
             "model": _MODEL.value,
+            "dtype": dtype,
             "pixels": _PIXELS.value,
-            "tolerance": TOLERANCE,
+            "tolerance": tolerance,
             "compile_s": first.timings.compile,
             "float32_compile_s": reference.timings.compile,
             "total_ms": {"median": statistics.median(totals), "min": min(totals), "max": max(totals)},
@@ -113,8 +117,8 @@ def main() -> None:
     )
     worst = max(row["relative_difference"] for row in rows)
     print(f"warm total {statistics.median(totals):.0f} ms, wrote {path}")
-    if not worst <= TOLERANCE:
-        raise InputError(f"bfloat16 differs by {worst:.4f} from float32, more than the tolerance {TOLERANCE}")
+    if not worst <= tolerance:
+        raise InputError(f"{dtype} differs by {worst:.4f} from float32, more than the tolerance {tolerance}")
 
 
 def _as_float32(params: dict[str, Parameters]) -> dict[str, Parameters]:

@@ -21,6 +21,7 @@ from absl import flags
 from bench import report
 from bench.speed_run import INPUT_ERROR_CODE, Case
 from toprovar_jax import command_line
+from toprovar_jax.checkpoint import DTYPES
 from toprovar_jax.errors import InputError
 from toprovar_jax.pruning.policies import POLICIES
 
@@ -30,6 +31,8 @@ POLICY_NAMES = (*POLICIES, "toprovar")
 def result_name(case: Case) -> str:
     """Name of the JSON file of a case, without its ending."""
     parts = ["speed", Path(case.model).name, Path(case.policy).stem]
+    if case.dtype != "bfloat16":
+        parts.append(case.dtype)
     if case.pixels != "1M":
         parts.append(case.pixels)
     if case.batch != 1:
@@ -81,7 +84,7 @@ def stage_table(result: dict[str, Any]) -> str:
     profile = result.get("profile", {})
     kinds = list(dict.fromkeys(kind for stage in profile.values() for kind in stage["kinds"]))
     lines = [
-        f"{result['model']}, {result['policy']}, {result['pixels']}, batch {result['batch']}",
+        f"{result['model']}, {result['policy']}, {result['dtype']}, {result['pixels']}, batch {result['batch']}",
         f"{'stage':<14}{'ms':>9}{'least':>9}{'most':>9}{'floor':>9}{'times':>7}{'host':>8}"
         + (f"{'kernels':>9}{'in ms':>9}" + "".join(f"{kind:>20}" for kind in kinds) if profile else ""),
     ]
@@ -141,6 +144,7 @@ def main() -> None:
         Case(
             model=values.model,
             policy=policy,
+            dtype=values.dtype,
             pixels=values.pixels,
             batch=values.batch,
             runs=values.runs,
@@ -159,6 +163,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "infinity_2b", "Architecture, for random weights, or a checkpoint's folder.")
     flags.DEFINE_string("policy", "dense", f"One of {', '.join(POLICY_NAMES)}, or a plan's JSON file.")
     flags.DEFINE_bool("compare", False, "Times all policies and prints a table of them.")
+    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Precision.")
     flags.DEFINE_string("pixels", "1M", "Pixel budget.")
     flags.DEFINE_integer("batch", 1, "Images at once.", lower_bound=1)
     flags.DEFINE_integer("runs", 10, "Timed calls.", lower_bound=1)

@@ -42,6 +42,7 @@ class Case:
     Attributes:
       model: an architecture, for random weights, or a checkpoint's folder.
       policy: what the pipeline takes as its policy.
+      dtype: precision policy.
       pixels: pixel budget.
       batch: images at once, each with a prompt of its own.
       runs: timed calls, for the total and again for the stages.
@@ -55,6 +56,7 @@ class Case:
 
     model: str
     policy: str
+    dtype: str
     pixels: str
     batch: int
     runs: int
@@ -118,7 +120,9 @@ def measure(pipe: InfinityPipeline, case: Case) -> dict[str, Any]:
         totals.append(1e3 * (time.perf_counter() - begun))
     runs = [time_stages(pipe.programs, lambda: generate(pipe, case)) for _ in range(case.runs)]
     text_tokens = len(PROMPT.split()) + 1
-    floors = stage_floors(pipe.config, pipe.params, plan, batch=case.batch, text_tokens=text_tokens)
+    floors = stage_floors(
+        pipe.config, pipe.params, plan, dtype=pipe.dtype, batch=case.batch, text_tokens=text_tokens
+    )
     stages = [
         {
             "stage": timed[0].name,
@@ -149,7 +153,7 @@ def run(case: Case) -> dict[str, Any]:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     misses = Misses()
     imported = time.time()
-    pipe = load_pipeline(case.model)
+    pipe = load_pipeline(case.model, case.dtype)
     jax.block_until_ready(pipe.params)
     loaded = time.time()
     before = misses.count
@@ -159,7 +163,7 @@ def run(case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {
         **{name: value for name, value in report.provenance().items() if name in ("device", "versions")},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        **{name: getattr(case, name) for name in ("model", "policy", "pixels", "batch")},
+        **{name: getattr(case, name) for name in ("model", "policy", "dtype", "pixels", "batch")},
         "cold": cold,
         "start_s": {
             "imports": imported - case.started,

@@ -41,7 +41,15 @@ def full_stages(scales):
 SCALES = 7  # of the pixel budget 0.06M
 STAGES = full_stages(SCALES)
 CASE = speed_run.Case(
-    model="tiny", policy="dense", pixels="0.06M", batch=2, runs=2, warmups=1, cache_dir="", profile=True
+    model="tiny",
+    policy="dense",
+    dtype="bfloat16",
+    pixels="0.06M",
+    batch=2,
+    runs=2,
+    warmups=1,
+    cache_dir="",
+    profile=True,
 )
 
 
@@ -166,7 +174,7 @@ def test_floors_of_the_release_are_those_of_its_shapes():
         name: abstract_parameters(model, getattr(config, name), "bfloat16") for name, model in models.items()
     }
     plan = Plan.dense(scale_schedule(), config.transformer.depth)
-    floors = stage_floors(config, params, plan, batch=1, text_tokens=20)
+    floors = stage_floors(config, params, plan, dtype="bfloat16", batch=1, text_tokens=20)
     assert list(floors) == full_stages(13)[1:]
     # Weights: 24 layers of flan-t5-xl.
     assert floors["text encoder"] == pytest.approx(24 * (4 * 2048**2 + 3 * 2048 * 5120) * 2 / 4.3e9)
@@ -200,12 +208,14 @@ def test_an_unknown_model_is_named():
     with pytest.raises(
         InputError, match=r"unknown model 'nothing': pass a checkpoint's folder or one of .*infinity_2b"
     ):
-        load_pipeline("nothing")
+        load_pipeline("nothing", "bfloat16")
 
 
 def test_results_of_different_cases_have_different_names():
-    cases = [CASE, dataclasses.replace(CASE, pixels="1M", batch=1, policy="some/plan.json")]
-    assert [speed.result_name(case) for case in cases] == ["speed_tiny_dense_0.06M_batch2", "speed_tiny_plan"]
+    plan = dataclasses.replace(CASE, pixels="1M", batch=1, policy="some/plan.json")
+    cases = [CASE, plan, dataclasses.replace(plan, dtype="float8_e4m3fn")]
+    names = ["speed_tiny_dense_0.06M_batch2", "speed_tiny_plan", "speed_tiny_plan_float8_e4m3fn"]
+    assert [speed.result_name(case) for case in cases] == names
 
 
 def test_the_command_times_a_checkpoint_from_a_cold_and_from_a_warm_start(tmp_path):
