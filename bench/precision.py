@@ -94,7 +94,7 @@ def main() -> None:
         print(
             f"scale {scale:2d}: relative {row['relative_difference']:.4f}  max {row['max_difference']:.4f}  "
             f"logits {row['logits_deviation']:.3f}  changed bits {row['changed_bits']:.4f}  "
-            f"{statistics.median(row['bfloat16_ms']):.1f} ms"
+            f"{statistics.median(row['ms']):.1f} ms"
         )
     totals = [1e3 * output.timings.total for output in warm]
     pixels_apart = np.abs(images.astype(int) - np.asarray(reference.images).astype(int))
