@@ -27,7 +27,7 @@ from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
 
 # Relative root-mean-square difference of the logits of any scale.
-TOLERANCES = {"bfloat16": 0.01, "float8_e4m3fn": 0.1}
+TOLERANCES = {"bfloat16": 0.01, "float8_e4m3fn": 0.03}
 TEXT_TOKENS = 20
 
 _MODEL = flags.DEFINE_enum("model", "infinity_2b", list(ARCHITECTURES), "Architecture.")
