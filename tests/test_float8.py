@@ -132,11 +132,6 @@ def test_pictures_are_repeatable_and_logits_stay_close_to_float32():
 
     reference = tiny.pipeline()("a cat", trace=True, **settings)
     low = pipe("a cat", trace=True, forced_bits=reference.bits, **settings)
-    bfloat16 = InfinityPipeline(tiny.CONFIG, tiny.parameters("bfloat16"), dtype="bfloat16", tokenizer=tokenizer)(
-        "a cat", trace=True, forced_bits=reference.bits, **settings
-    )
-    for a, b, exact in zip(low.trace.scales, bfloat16.trace.scales, reference.trace.scales, strict=True):
-        size = np.linalg.norm(exact.logits_raw)
-        difference = np.linalg.norm(a.logits_raw - exact.logits_raw) / size
-        # It must be another model than the bfloat16 one.
-        assert np.linalg.norm(b.logits_raw - exact.logits_raw) / size < difference < 0.1
+    for a, exact in zip(low.trace.scales, reference.trace.scales, strict=True):
+        difference = np.linalg.norm(a.logits_raw - exact.logits_raw) / np.linalg.norm(exact.logits_raw)
+        assert 0.015 < difference < 0.1  # bfloat16 alone differs by 0.005 to 0.008
