@@ -185,6 +185,15 @@ def _downsampling_conv(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.C
     )
 
 
+def _add_taps(kernel: Array, axis: int) -> Array:
+    """Three taps along an axis as two for either pixel of a corner: [pixel, cell, ...] without that axis.
+
+    The upper (left) pixel sees the upper (left) cell twice, the other one the other cell.
+    """
+    first, middle, last = (jax.lax.index_in_dim(kernel, tap, axis, keepdims=False) for tap in range(3))
+    return jnp.stack([jnp.stack([first + middle, last]), jnp.stack([first, middle + last])])
+
+
 class EnlargingConv(nnx.Module):
     """3x3 convolution of a map whose every cell is first repeated in 2x2 pixels (section 6.2).
 
@@ -202,10 +211,8 @@ class EnlargingConv(nnx.Module):
         """[batch, height, width, channels] to twice the grid."""
         batch, height, width, channels = x.shape
         dtype = self.kernel.dtype
-        kernel = self.kernel[...].astype(jnp.float32)
-        # [pixel, cell, tap]: the upper (left) pixel of the corner sees the upper (left) cell twice.
-        taps = jnp.asarray([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], jnp.float32)
-        kernel = jnp.einsum("pat,qbu,tuio->abipqo", taps, taps, kernel, precision=jax.lax.Precision.HIGHEST)
+        # [column's pixel, cell, row's pixel, cell, in, out]
+        kernel = _add_taps(_add_taps(self.kernel[...].astype(jnp.float32), 0), 2).transpose(3, 1, 4, 2, 0, 5)
         corners = jax.lax.conv_general_dilated(
             x.astype(dtype),
             kernel.reshape(2, 2, channels, 4 * channels).astype(dtype),
