@@ -21,7 +21,7 @@ from toprovar_jax.config import ARCHITECTURES
 from toprovar_jax.errors import InputError
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
-from toprovar_jax.models.linear import quantize_like
+from toprovar_jax.models.linear import quantize_in_place
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters, random_parameters
 from toprovar_jax.output import PipelineOutput
 from toprovar_jax.pipeline import InfinityPipeline
@@ -51,8 +51,9 @@ def main() -> None:
         "vae": random_parameters(BSQVAE, config.vae, jnp.bfloat16),
     }
     features = np.random.default_rng(0).standard_normal((TEXT_TOKENS, config.transformer.text_channels))
-    quantized = quantize_like(abstract_parameters(Infinity, config.transformer, dtype), params["transformer"])
-    pipe = InfinityPipeline(config, params | {"transformer": quantized}, dtype=dtype)
+    rounded = jax.tree.map(lambda leaf: leaf, params["transformer"])
+    quantize_in_place(rounded, abstract_parameters(Infinity, config.transformer, dtype))
+    pipe = InfinityPipeline(config, params | {"transformer": rounded}, dtype=dtype)
 
     def generate(pipe: InfinityPipeline, **arguments: object) -> PipelineOutput:
         return pipe(

@@ -21,7 +21,6 @@ from absl import flags
 from bench import report
 from bench.speed_run import INPUT_ERROR_CODE, Case
 from toprovar_jax import command_line
-from toprovar_jax.checkpoint import DTYPES
 from toprovar_jax.errors import InputError
 from toprovar_jax.pruning.policies import POLICIES
 
@@ -163,7 +162,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "infinity_2b", "Architecture, for random weights, or a checkpoint's folder.")
     flags.DEFINE_string("policy", "dense", f"One of {', '.join(POLICY_NAMES)}, or a plan's JSON file.")
     flags.DEFINE_bool("compare", False, "Times all policies and prints a table of them.")
-    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Precision.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float8_e4m3fn"], "Precision.")
     flags.DEFINE_string("pixels", "1M", "Pixel budget.")
     flags.DEFINE_integer("batch", 1, "Images at once.", lower_bound=1)
     flags.DEFINE_integer("runs", 10, "Timed calls.", lower_bound=1)

@@ -10,7 +10,7 @@ from tests import tiny
 from toprovar_jax import checkpoint
 from toprovar_jax.manifest import CheckpointError
 from toprovar_jax.models.infinity import Infinity
-from toprovar_jax.models.linear import Float8Linear, quantize, quantize_like
+from toprovar_jax.models.linear import Float8Linear, quantize, quantize_in_place
 from toprovar_jax.models.skeleton import abstract_parameters, random_parameters
 from toprovar_jax.pipeline import InfinityPipeline
 from toprovar_jax.text import Tokenizer
@@ -95,17 +95,29 @@ def test_only_the_large_products_of_the_blocks_become_float8():
             assert other == abstract_parameters(model, settings, "bfloat16"), name
 
 
-def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+def assert_rounded(actual, model, config, bfloat16):
+    target = abstract_parameters(model, config, DTYPE)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), actual) == jax.tree.map(lambda x: (x.shape, x.dtype), target)
+    quantize_in_place(bfloat16, target)
+    jax.tree.map(np.testing.assert_array_equal, actual, bfloat16)
+
+
+def test_kernels_take_the_place_of_those_that_they_are_made_of():
+    config = tiny.CONFIG.transformer
+    parameters = random_parameters(Infinity, config, "bfloat16")
+    up = parameters["blocks"][1]["mlp"]["up"]
+    kernel, bias = up["kernel"], up["bias"]
+    quantize_in_place(parameters, abstract_parameters(Infinity, config, DTYPE))
+    assert parameters["blocks"][1]["mlp"]["up"] is up
+    assert up["bias"] is bias
+    np.testing.assert_array_equal(up["kernel"], quantize(kernel)[0])
+    np.testing.assert_array_equal(up["kernel_scale"], quantize(kernel)[1])
 
 
 def test_random_parameters_are_those_of_bfloat16_rounded():
     config = tiny.CONFIG.transformer
-    target = abstract_parameters(Infinity, config, DTYPE)
-    expected = quantize_like(target, random_parameters(Infinity, config, "bfloat16", seed=3))
     actual = random_parameters(Infinity, config, DTYPE, seed=3)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), actual) == jax.tree.map(lambda x: (x.shape, x.dtype), target)
-    assert_same(actual, expected)
+    assert_rounded(actual, Infinity, config, random_parameters(Infinity, config, "bfloat16", seed=3))
 
 
 def test_a_checkpoint_is_rounded_when_it_is_loaded_and_never_stored_so(tmp_path):
@@ -113,8 +125,9 @@ def test_a_checkpoint_is_rounded_when_it_is_loaded_and_never_stored_so(tmp_path)
     for component, (model, config) in tiny.MODELS.items():
         in_bfloat16 = checkpoint.load_parameters(tmp_path / "tiny", component, "bfloat16")
         loaded = checkpoint.load_parameters(tmp_path / "tiny", component, jnp.float8_e4m3fn)
-        assert_same(loaded, quantize_like(abstract_parameters(model, config, DTYPE), in_bfloat16))
-    with pytest.raises(CheckpointError, match=f"unknown dtype {DTYPE}: choose float32 or bfloat16"):
+        assert_rounded(loaded, model, config, in_bfloat16)
+    message = f"{DTYPE} is not stored: store bfloat16, and load that with dtype {DTYPE}"
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.save(tmp_path / "other", tiny.CONFIG, tiny.parameters(), dtype=DTYPE)
     assert not (tmp_path / "other").exists()
     pipe = InfinityPipeline.from_pretrained(tmp_path / "tiny", DTYPE)
@@ -122,16 +135,23 @@ def test_a_checkpoint_is_rounded_when_it_is_loaded_and_never_stored_so(tmp_path)
     assert pipe.params["transformer"]["blocks"][0]["mlp"]["up"]["kernel"].dtype == jnp.float8_e4m3fn
 
 
-def test_pictures_are_repeatable_and_logits_stay_close_to_float32():
-    """The stated tolerance: logits differ by at most 10 % (root mean square) at every scale, bits forced."""
-    tokenizer = Tokenizer(tiny.tokenizer_json())
+@pytest.fixture(scope="module")
+def pipe():
     params = {name: random_parameters(*model, DTYPE) for name, model in tiny.MODELS.items()}
-    pipe = InfinityPipeline(tiny.CONFIG, params, dtype=DTYPE, tokenizer=tokenizer)
-    settings = {"scale_schedule": tiny.SCHEDULE, "output_type": "np"}
-    np.testing.assert_array_equal(pipe("a cat", **settings).images, pipe("a cat", **settings).images)
+    return InfinityPipeline(tiny.CONFIG, params, dtype=DTYPE, tokenizer=Tokenizer(tiny.tokenizer_json()))
 
-    reference = tiny.pipeline()("a cat", trace=True, **settings)
-    low = pipe("a cat", trace=True, forced_bits=reference.bits, **settings)
+
+def test_the_same_seed_gives_the_same_picture_also_pruned(pipe):
+    settings = {"policy": "fastvar", "scale_schedule": tiny.SIX_SCALES, "output_type": "np"}
+    first, second = (pipe("a cat", seed=seed, **settings).images for seed in (1, 1))
+    np.testing.assert_array_equal(first, second)
+    assert (pipe("a cat", seed=2, **settings).images != first).any()
+
+
+def test_logits_stay_close_to_those_of_float32(pipe):
+    settings = {"scale_schedule": tiny.SCHEDULE, "output_type": "np", "trace": True}
+    reference = tiny.pipeline()("a cat", **settings)
+    low = pipe("a cat", forced_bits=reference.bits, **settings)
     for a, exact in zip(low.trace.scales, reference.trace.scales, strict=True):
         difference = np.linalg.norm(a.logits_raw - exact.logits_raw) / np.linalg.norm(exact.logits_raw)
-        assert 0.015 < difference < 0.1  # bfloat16 alone differs by 0.005 to 0.008
+        assert 0.015 < difference < 0.05  # bfloat16 alone differs by 0.005 to 0.008

@@ -27,7 +27,7 @@ def test_float32_asks_for_the_highest_precision_and_bfloat16_for_the_default():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="unknown dtype float16: choose float32 or bfloat16"):
+    with pytest.raises(ValueError, match="no matrix product takes float16 operands: choose float32 or bfloat16"):
         matmul_precision(jnp.float16)
 
 

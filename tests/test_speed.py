@@ -184,6 +184,14 @@ def test_floors_of_the_release_are_those_of_its_shapes():
     counted = jax.jit(decode).lower(params["vae"], shape).cost_analysis()["flops"]
     assert decoder_work(params["vae"]["decoder"], 32 * 32) == pytest.approx(counted, rel=0.01)
     assert floors["decoder"] == pytest.approx(1e3 * decoder_work(params["vae"]["decoder"], 64 * 64) / 790e12)
+    float8 = stage_floors(config, params, plan, dtype="float8_e4m3fn", batch=1, text_tokens=20)
+    assert float8["scale 0"] == pytest.approx(
+        floors["scale 0"] * 16 / 28, rel=0.01
+    )  # 12 of 14 squares of weights in half
+    assert 0.7 < float8["scale 12"] / floors["scale 12"] < 0.8
+    assert {stage for stage in floors if float8[stage] != floors[stage]} == {
+        stage for stage in floors if stage.startswith("scale")
+    }
 
 
 @pytest.mark.parametrize(
@@ -222,17 +230,27 @@ def test_the_command_times_a_checkpoint_from_a_cold_and_from_a_warm_start(tmp_pa
     folder = tmp_path / "tiny"
     checkpoint.save(folder, tiny.CONFIG, tiny.parameters(), dtype="float32", tokenizer=tiny.tokenizer_json())
     command = [sys.executable, "-m", "bench.speed", "--policy=dense", f"--model={folder}", "--pixels=0.06M"]
-    command += ["--runs=1", "--warmups=1", f"--cache_dir={tmp_path / 'cache'}", f"--out={tmp_path}"]
+    command += [
+        "--dtype=float8_e4m3fn",
+        "--runs=1",
+        "--warmups=1",
+        f"--cache_dir={tmp_path / 'cache'}",
+        f"--out={tmp_path}",
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
     assert done.returncode == 0, done.stderr
-    cold = json.loads((tmp_path / "speed_tiny_dense_0.06M_cold.json").read_text())
-    warm = json.loads((tmp_path / "speed_tiny_dense_0.06M.json").read_text())
+    cold = json.loads((tmp_path / "speed_tiny_dense_float8_e4m3fn_0.06M_cold.json").read_text())
+    warm = json.loads((tmp_path / "speed_tiny_dense_float8_e4m3fn_0.06M.json").read_text())
     assert cold["cold"]
     assert cold["compiled_programs"] >= SCALES
     assert not warm["cold"]
     assert warm["compiled_programs"] == 0
+    assert warm["dtype"] == "float8_e4m3fn"
+    # Rounded to float8 it takes less memory than the checkpoint's parameters in any other precision.
+    bfloat16 = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.parameters("bfloat16")))
+    assert warm["parameter_bytes"] < bfloat16
     assert warm["cold_start"]["start_s"] == cold["start_s"]
     assert [stage["stage"] for stage in warm["stages"]] == STAGES
     assert warm["command"].startswith("python -m bench.speed --policy=dense")

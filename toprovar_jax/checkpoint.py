@@ -39,7 +39,7 @@ from toprovar_jax.manifest import (
 )
 from toprovar_jax.models.bsq_vae import BSQVAE
 from toprovar_jax.models.infinity import Infinity
-from toprovar_jax.models.linear import quantize_like
+from toprovar_jax.models.linear import quantize_in_place
 from toprovar_jax.models.skeleton import Parameters, abstract_parameters
 from toprovar_jax.models.t5 import T5Encoder
 from toprovar_jax.precision import FLOAT8, activation_dtype
@@ -142,9 +142,12 @@ def save(
       The manifest written.
 
     Raises:
-      InputError: the folder exists or cannot be written, or the parameters do not fit the configuration.
+      InputError: the folder exists or cannot be written, the parameters do not fit the configuration, or the dtype
+        is not one to store.
     """
-    target, stored = Path(directory), _dtype_name(dtype, STORED_DTYPES)
+    target, stored = Path(directory), dtype_name(dtype)
+    if stored not in STORED_DTYPES:
+        raise CheckpointError(f"{stored} is not stored: store bfloat16, and load that with dtype {stored}")
     check_target(target, overwrite=overwrite)
     expected: tuple[Component, ...] = COMPONENTS if config.text_encoder is not None else COMPONENTS[:2]
     if set(parameters) != set(expected):
@@ -191,7 +194,8 @@ def load_parameters(
     stored = skeleton(manifest.config, component, activation_dtype(name))
     verify(folder, [record for record in manifest.files if record.name.startswith(f"{component}/")])
     parameters = _read_component(folder / component, stored)
-    return quantize_like(skeleton(manifest.config, component, name), parameters)
+    quantize_in_place(parameters, skeleton(manifest.config, component, name))
+    return parameters
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> str | None:
@@ -214,16 +218,12 @@ def dtype_name(dtype: DTypeLike) -> str:
     Raises:
       CheckpointError: it is not one of `DTYPES`.
     """
-    return _dtype_name(dtype, DTYPES)
-
-
-def _dtype_name(dtype: DTypeLike, choices: tuple[str, ...]) -> str:
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in choices:
-        *others, last = choices
+    if name not in DTYPES:
+        *others, last = DTYPES
         raise CheckpointError(f"unknown dtype {name}: choose {', '.join(others)} or {last}")
     return name
 

@@ -318,5 +318,5 @@ def _explain_out_of_memory() -> Iterator[None]:
             raise
         raise InputError(
             "out of device memory: generate fewer images at once, choose a smaller pixel budget, or load the "
-            "checkpoint with dtype bfloat16"
+            "checkpoint with dtype bfloat16 or float8_e4m3fn"
         ) from error

@@ -36,11 +36,11 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
       The highest precision for float32, None (the default) for bfloat16.
 
     Raises:
-      ValueError: the models are not defined for this dtype.
+      ValueError: operands are never of this dtype.
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.float32:
         return jax.lax.Precision.HIGHEST
     if dtype == jnp.bfloat16:
         return None
-    raise ValueError(f"unknown dtype {dtype.name}: choose float32 or bfloat16")
+    raise ValueError(f"no matrix product takes {dtype.name} operands: choose float32 or bfloat16")

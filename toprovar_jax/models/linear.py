@@ -1,8 +1,8 @@
 """Linear layers: as flax has them, or multiplying in float8.
 
 A float8 layer keeps its weights in float8_e4m3fn, three bits of mantissa, and rounds its inputs to it. On GPUs
-that multiply float8 (NVIDIA's from compute capability 8.9 on) XLA hands such a product to cuBLAS; elsewhere the
-rounded numbers are multiplied in bfloat16.
+that multiply float8 (NVIDIA's from compute capability 8.9 on) XLA hands such a product to cuBLAS, which may add up
+with fewer bits than float32 has; elsewhere the rounded numbers are multiplied in bfloat16, which saves no time.
 """
 
 import jax
@@ -24,7 +24,7 @@ def linear(
     use_bias: bool = True,
     rngs: nnx.Rngs,
 ) -> "nnx.Linear | Float8Linear":
-    """A linear layer; its parameters are of `dtype` where `param_dtype` is None."""
+    """A linear layer; its parameters are of `dtype` where `param_dtype` is None, and its own choice in float8."""
     if jnp.dtype(dtype) == FLOAT8:
         assert param_dtype is None, "a float8 layer chooses the dtypes of its parameters"
         return Float8Linear(in_features, out_features, use_bias=use_bias, rngs=rngs)
@@ -42,8 +42,8 @@ def linear(
 class Float8Linear(nnx.Module):
     """A linear layer that multiplies in float8 and returns bfloat16.
 
-    Inputs are rounded as they are: float8_e4m3fn resolves 2^-9 to 448, and what is larger becomes 448. Normed,
-    attended or gated activations lie well within. Weights do not, so they have a scale.
+    Inputs are rounded as they are: to four significant bits from 2^-6 to 448, to multiples of 2^-9 below; what is
+    larger becomes 448. Weights are smaller than that, so they have a scale.
 
     Args:
       in_features: channels of the input.
@@ -82,16 +82,16 @@ def quantize(
     return (kernel.T.astype(jnp.float32) / scale).astype(FLOAT8), scale
 
 
-def quantize_like(target: PyTree, parameters: PyTree) -> PyTree:
-    """Parameters of a model as its float8 policy has them.
+def quantize_in_place(parameters: PyTree, target: PyTree) -> None:
+    """Puts kernels in float8 in the place of a model's own, one after the other: memory for two models is much.
 
     Args:
-      target: the skeleton to arrive at: nested dictionaries, those of float8 layers with a "kernel_scale".
-      parameters: the same model's parameters in bfloat16 or float32.
+      parameters: nested dictionaries of bfloat16 or float32 arrays, which are changed.
+      target: the skeleton to arrive at: the same dictionaries, those of float8 layers with a "kernel_scale".
     """
-    if not isinstance(target, dict):
-        return parameters
     if "kernel_scale" in target:
-        kernel, scale = quantize(parameters["kernel"])
-        return {**parameters, "kernel": kernel, "kernel_scale": scale}
-    return {key: quantize_like(value, parameters[key]) for key, value in target.items()}
+        parameters["kernel"], parameters["kernel_scale"] = quantize(parameters["kernel"])
+        return
+    for key, value in target.items():
+        if isinstance(value, dict):
+            quantize_in_place(parameters[key], value)

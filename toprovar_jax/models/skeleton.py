@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, PyTree
 
-from toprovar_jax.models.linear import quantize_like
+from toprovar_jax.models.linear import quantize_in_place
 from toprovar_jax.precision import FLOAT8, activation_dtype
 
 Parameters = PyTree  # nested dictionaries, list items keyed by integers, leaves jax arrays
@@ -63,8 +63,9 @@ def random_parameters(
     Those of float8 are the ones of bfloat16, rounded.
     """
     if jnp.dtype(dtype) == FLOAT8:
-        exact = random_parameters(model, config, activation_dtype(dtype), seed)
-        return quantize_like(abstract_parameters(model, config, dtype), exact)
+        parameters = random_parameters(model, config, activation_dtype(dtype), seed)
+        quantize_in_place(parameters, abstract_parameters(model, config, dtype))
+        return parameters
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_parameters(model, config, dtype))
     root = jax.random.key(seed)
 
