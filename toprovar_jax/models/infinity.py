@@ -114,10 +114,10 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, heads = config.embed_dim, config.num_heads
         self.query_key_value = linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        small = activation_dtype(dtype)
-        self.query_bias = nnx.Param(jnp.zeros(width, small))
-        self.value_bias = nnx.Param(jnp.zeros(width, small))
-        self.log_scale = nnx.Param(jnp.full(heads, jnp.log(4.0), small))
+        activation = activation_dtype(dtype)
+        self.query_bias = nnx.Param(jnp.zeros(width, activation))
+        self.value_bias = nnx.Param(jnp.zeros(width, activation))
+        self.log_scale = nnx.Param(jnp.full(heads, jnp.log(4.0), activation))
         self.output = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -148,13 +148,18 @@ class Block(nnx.Module):
     """Self attention, cross attention, MLP; the residual stream is float32 (section 4.2)."""
 
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width, small = config.embed_dim, activation_dtype(dtype)
-        self.modulation = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (6, width), small))
+        width, activation = config.embed_dim, activation_dtype(dtype)
+        self.modulation = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (6, width), activation))
         self.self_attention = SelfAttention(config, dtype=dtype, rngs=rngs)
         self.cross_norm = nnx.LayerNorm(
-            width, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=small, use_fast_variance=False, rngs=rngs
+            width,
+            epsilon=NORM_EPSILON,
+            dtype=jnp.float32,
+            param_dtype=activation,
+            use_fast_variance=False,
+            rngs=rngs,
         )
-        self.cross_attention = CrossAttention(config, dtype=small, rngs=rngs)
+        self.cross_attention = CrossAttention(config, dtype=activation, rngs=rngs)
         self.mlp = MLP(width, config.mlp_dim, width, dtype=dtype, rngs=rngs)
 
     def attention_update(
@@ -305,13 +310,13 @@ class Infinity(nnx.Module):
     """
 
     def __init__(self, config: InfinityConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width, text, small = config.embed_dim, config.text_channels, activation_dtype(dtype)
+        width, text, activation = config.embed_dim, config.text_channels, activation_dtype(dtype)
         normal = nnx.initializers.normal(0.02)
         self.config = config
         self.unconditional_features = nnx.Param(normal(rngs.params(), (config.text_max_length, text), jnp.float32))
         self.text_norm = nnx.RMSNorm(text, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
-        self.text_pool = TextPool(config, dtype=small, rngs=rngs)
-        self.text_projection = MLP(text, width, width, dtype=small, param_dtype=jnp.float32, rngs=rngs)
+        self.text_pool = TextPool(config, dtype=activation, rngs=rngs)
+        self.text_projection = MLP(text, width, width, dtype=activation, param_dtype=jnp.float32, rngs=rngs)
         self.shared_modulation = linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
         self.start_position = nnx.Param(normal(rngs.params(), (width,), jnp.float32))
         self.word_embedding = linear(config.token_bits, width, dtype=jnp.float32, rngs=rngs)
